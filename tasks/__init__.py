@@ -1,0 +1,1 @@
+"""Winnow's stages and what they stand on; `flows` runs them."""

@@ -1,0 +1,35 @@
+"""Identities: short content digests, equal on every machine and in every run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: one text per value."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def digest(*parts: Any, size: int = 16) -> str:
+    """Hex BLAKE2b of the canonical JSON of `parts`; `size` bytes (128 bits by default)."""
+    return hashlib.blake2b(canonical(parts).encode(), digest_size=size).hexdigest()
+
+
+def prompt_id(source: str, row: dict[str, Any]) -> str:
+    """Identity of a prompt: its source's name and its row, whatever the file's order."""
+    return digest("prompt", source, row)
+
+
+def candidate_id(
+    prompt: str, heuristic: str, seed: int, model: str, revision: str | None, generation: dict[str, Any]
+) -> str:
+    """Identity of one cell of the grid, under one model and generation config."""
+    return digest("candidate", prompt, heuristic, seed, model, revision, generation)
+
+
+def request_seed(run_seed: int, prompt: str, heuristic: str, seed: int) -> int:
+    """The sampling seed of one request, in [0, 2**62): never shared between requests (to a hash
+    collision), and the same however prompts are sharded or servers counted."""
+    return int(digest("seed", run_seed, prompt, heuristic, seed, size=8), 16) >> 2

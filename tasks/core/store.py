@@ -1,0 +1,325 @@
+"""The run directory: whole files with manifests, journals, resume.
+
+A Parquet or JSON file appears whole or not at all (written aside, synced, renamed) and its manifest
+comes last. A manifest says from what the file was made (`key`) and what it is (`sha256`), so a file
+stands exactly if its manifest does, the key is the one wanted and the bytes match. Manifests lie in
+a tree of their own, so that every data folder holds nothing but data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.core.errors import InputError
+from tasks.core.identity import digest
+
+log = logging.getLogger("winnow.store")
+
+State = Literal["done", "missing", "stale", "damaged"]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a file that stands."""
+
+    path: str
+    key: str
+    sha256: str
+    size: int
+    rows: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    written_at: float = 0.0
+
+
+class Store:
+    """A run directory at a local path or an fsspec URL."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"runs_dir: cannot open {url}: {error}") from error
+        self.url = url
+        self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+
+    def path(self, relative: str) -> str:
+        """Full path of a file of the run, in its file system's terms."""
+        return f"{self.root}/{relative}"
+
+    def display(self, relative: str = "") -> str:
+        """The path as a user would write it."""
+        return f"{self.url.rstrip('/')}/{relative}".rstrip("/")
+
+    def exists(self, relative: str) -> bool:
+        """Whether the file or folder is there."""
+        return self.fs.exists(self.path(relative))
+
+    def glob(self, pattern: str) -> list[str]:
+        """Relative paths that match, sorted."""
+        cut = len(self.root) + 1
+        return sorted(p[cut:] for p in self.fs.glob(self.path(pattern)))
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def open(self, relative: str) -> IO[bytes]:
+        """A readable binary file."""
+        return self.fs.open(self.path(relative), "rb")
+
+    def read(self, relative: str, columns: list[str] | None = None) -> pa.Table:
+        """A whole Parquet file."""
+        with self.open(relative) as file:
+            return pq.read_table(file, columns=columns)
+
+    def read_json(self, relative: str) -> Any:
+        """A JSON file, or None where there is none."""
+        try:
+            with self.open(relative) as file:
+                return json.load(file)
+        except FileNotFoundError:
+            return None
+
+    def manifest(self, relative: str) -> Manifest | None:
+        """The file's manifest, or None."""
+        try:
+            raw = self.read_json(_manifest_path(relative))
+        except ValueError:
+            log.warning("%s: its manifest is damaged; the file will be made again", relative)
+            return None
+        return Manifest(**raw) if raw else None
+
+    def state(self, relative: str, key: str, deep: bool = True) -> State:
+        """Whether the file stands for `key`; `deep` reads it and compares digests."""
+        manifest = self.manifest(relative)
+        if manifest is None or not self.exists(relative):
+            return "missing"
+        if manifest.key != key:
+            return "stale"
+        if self.fs.size(self.path(relative)) != manifest.size:
+            return "damaged"
+        return "damaged" if deep and self._sha256(relative) != manifest.sha256 else "done"
+
+    def _sha256(self, relative: str) -> str:
+        hasher = hashlib.sha256()
+        with self.open(relative) as file:
+            while block := file.read(1 << 20):
+                hasher.update(block)
+        return hasher.hexdigest()
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def write_table(self, relative: str, table: pa.Table, key: str, **facts: Any) -> Manifest:
+        """Write a Parquet file and its manifest."""
+        return self.write_batches(relative, iter([table]), table.schema, key, **facts)
+
+    def write_batches(self, relative: str, tables: Iterator[pa.Table], schema: pa.Schema, key: str,
+                      **facts: Any) -> Manifest:
+        """Write tables as they come, a row group each, into one Parquet file; then its manifest."""
+        rows = 0
+        with tempfile.TemporaryFile(dir=self._scratch()) if not self.local else _aside(self.path(relative)) as out:
+            with pq.ParquetWriter(out, schema, compression="zstd") as writer:
+                for table in tables:
+                    rows += table.num_rows
+                    writer.write_table(table, row_group_size=max(1, table.num_rows))
+            return self._publish(relative, out, key, rows, facts)
+
+    def write_bytes(self, relative: str, content: bytes, key: str, **facts: Any) -> Manifest:
+        """Write any file and its manifest."""
+        with io.BytesIO(content) if not self.local else _aside(self.path(relative)) as out:
+            if self.local:
+                out.write(content)
+            return self._publish(relative, out, key, None, facts)
+
+    def write_json(self, relative: str, value: Any) -> None:
+        """Write a JSON file, whole or not at all, without a manifest."""
+        content = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        if not self.local:
+            self.fs.pipe_file(self.path(relative), content)
+            return
+        with _aside(self.path(relative)) as out:
+            out.write(content)
+            out.commit()
+
+    def _publish(self, relative: str, out: Any, key: str, rows: int | None, facts: dict[str, Any]) -> Manifest:
+        out.flush()
+        out.seek(0)
+        hasher, size = hashlib.sha256(), 0
+        while block := out.read(1 << 20):
+            hasher.update(block)
+            size += len(block)
+        # a manifest that speaks of the old bytes must never stand beside the new ones
+        self.forget(relative)
+        if self.local:
+            out.commit()
+        else:
+            out.seek(0)
+            with self.fs.open(self.path(relative), "wb") as target:
+                shutil.copyfileobj(out, target, 1 << 20)
+        manifest = Manifest(relative, key, hasher.hexdigest(), size, rows, facts, time.time())
+        self.write_json(_manifest_path(relative), asdict(manifest))
+        return manifest
+
+    def forget(self, relative: str) -> None:
+        """Remove the file's manifest: it is owed again."""
+        if self.fs.exists(path := self.path(_manifest_path(relative))):
+            self.fs.rm_file(path)
+
+    def remove(self, relative: str) -> None:
+        """Remove a file and its manifest."""
+        self.forget(relative)
+        if self.exists(relative):
+            self.fs.rm_file(self.path(relative))
+
+    # -- this machine's side ---------------------------------------------------------------------
+
+    def _scratch(self) -> Path:
+        """A local folder for what can't be appended to or renamed over a URL."""
+        base = Path(self.root) if self.local else (
+            Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "winnow" / digest(self.url))
+        base.mkdir(parents=True, exist_ok=True)
+        return base
+
+    def journal(self, relative: str) -> Journal:
+        """The journal of that name; local even where the run directory is not."""
+        return Journal(self._scratch() / "journal" / relative)
+
+    def sweep(self) -> None:
+        """Remove what a killed writer left half-written."""
+        if self.local and os.path.isdir(self.root):
+            for folder, _, names in os.walk(self.root):
+                for name in names:
+                    if name.startswith(".") and name.endswith(_ASIDE):
+                        os.unlink(os.path.join(folder, name))
+
+    def lock(self) -> RunLock:
+        """An exclusive lock on the run, for the life of this process."""
+        return RunLock(self._scratch() / ".lock", self.display())
+
+
+_ASIDE = ".winnow-tmp"
+
+
+def _manifest_path(relative: str) -> str:
+    return f"manifests/{relative}.json"
+
+
+class _aside:
+    """A file written beside its place; `commit` syncs it and renames it there, else it is removed."""
+
+    def __init__(self, target: str) -> None:
+        self.target, folder = target, os.path.dirname(target)
+        os.makedirs(folder, exist_ok=True)
+        handle, self.temporary = tempfile.mkstemp(prefix=".", suffix=_ASIDE, dir=folder)
+        self.file = os.fdopen(handle, "w+b")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> _aside:
+        return self
+
+    def commit(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        os.chmod(self.temporary, 0o644)  # mkstemp's 0600 would hide the dataset from other users
+        os.replace(self.temporary, self.target)
+        folder = os.open(os.path.dirname(self.target), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        if os.path.exists(self.temporary):
+            os.unlink(self.temporary)
+
+
+class Journal:
+    """An append-only JSONL file of finished requests; a torn last line is owed again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[bytes] | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The whole lines; what a kill tore is skipped."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    log.warning("%s: a damaged line is asked for again", self.path)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one line with a single system call, so that a kill loses at most that line."""
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab", buffering=0)
+            if self._file.tell() and not _ends_line(self.path):
+                self._file.write(b"\n")  # close the torn line, or it would eat ours
+        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the file; `append` opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        """Forget everything: the file that it led to stands."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+
+def _ends_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+class RunLock:
+    """One process a run: two writers would spoil each other's journals."""
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path, self.run = path, run
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> RunLock:
+        import fcntl
+
+        self._file = self.path.open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            raise InputError(f"{self.run}: already being worked on by {owner}; wait for it, or choose another "
+                             "name with --run") from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()}")
+        self._file.flush()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

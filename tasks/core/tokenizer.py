@@ -1,0 +1,60 @@
+"""A model's tokenizer and chat template, loaded once and checked."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tasks.core.config import ModelRef
+from tasks.core.errors import InputError
+from tasks.core.identity import digest
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(model: ModelRef, key: str = "model.path") -> Any:
+    """The tokenizer of `model`, with a chat template.
+
+    Raises InputError, naming the config `key`, when there is no such model, tokenizer or template.
+    """
+    path = Path(model.path)
+    looks_local = path.exists() or model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1
+    if looks_local and not path.is_dir():
+        raise InputError(f"{key}: no model folder at {path} (looked in {Path.cwd()}); for the demo's model run "
+                         "`make demo-model`, for a hub model write OWNER/NAME")
+    if looks_local and not any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(f"{key}: {path} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the "
+                         "model's tokenizer files there")
+    from transformers import AutoTokenizer  # slow to import: only once the cheap checks have passed
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
+    except Exception as error:  # hub, network and format errors of many libraries
+        raise InputError(f"{key}: cannot load the tokenizer of {model.path}"
+                         f"{f' at {model.revision}' if model.revision else ''}: {_first_line(error)}") from error
+    if not tokenizer.chat_template:
+        raise InputError(f"{key}: the tokenizer of {model.path} has no chat template; put a chat_template.jinja "
+                         "beside it")
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a chat, ready for the answer: the template applied once, no second BOS."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """The text of output ids, special tokens left out."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Digest of vocabulary and chat template, for provenance and resume."""
+    backend = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else sorted(
+        tokenizer.get_vocab().items())
+    return digest("tokenizer", backend, tokenizer.chat_template)
