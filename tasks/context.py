@@ -1,0 +1,108 @@
+"""What a stage is given: the run's config, store, heuristics, tokenizer and servers.
+
+A task gets the run's URL and nothing else; every process opens its own context from `run.json`, so the
+same task runs in a thread here or in a worker on another machine.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import cached_property
+from typing import Any
+
+from tasks.core.config import RunConfig
+from tasks.core.errors import InputError
+from tasks.core.heuristics import Heuristic, parse_processor
+from tasks.core.progress import Progress
+from tasks.core.store import Store
+from tasks.core.tokenizer import load_tokenizer
+from tasks.serving.pool import Loop, ServerPool
+
+RUN_JSON = "run.json"
+
+
+class Context:
+    """One run, as one process sees it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.store = Store(url)
+        raw = self.store.read_json(RUN_JSON)
+        if raw is None:
+            raise InputError(f"{url}: no such run (no {RUN_JSON} there)")
+        self.raw: dict[str, Any] = raw
+        self.config = RunConfig.model_validate(raw["config"])
+        self.heuristics = [_heuristic(h) for h in raw["heuristics"]]
+        self.shards: int = raw["shards"]
+        self.progress = Progress()
+        self._pools: dict[str, ServerPool] = {}
+        self._lock = threading.Lock()
+
+    @cached_property
+    def loop(self) -> Loop:
+        """Where this process's requests run."""
+        return Loop()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The generator's tokenizer."""
+        return load_tokenizer(self.config.model)
+
+    @cached_property
+    def judge_tokenizer(self) -> Any:
+        """The judge's tokenizer."""
+        return load_tokenizer(self.config.judge_model, "quality.model.path")
+
+    @property
+    def honours_seeds(self) -> bool:
+        """Whether any generator runs in deterministic mode, as `run.json` has it from the servers."""
+        return any(f["honours_seeds"] for f in self.raw["servers"]["generator"])
+
+    def pool(self, role: str) -> ServerPool:
+        """The servers of `generator` or `judge`; one pool where both are the same servers."""
+        with self._lock:
+            servers = [(s["url"], s["max_in_flight"]) for s in self.raw["servers"][role]]
+            name = str(sorted(servers))
+            if name not in self._pools:
+                limits = self.config.limits
+                self._pools[name] = ServerPool(servers, attempts=limits.attempts, timeout_s=limits.request_timeout_s,
+                                               wait_s=limits.wait_for_servers_s)
+            return self._pools[name]
+
+    def close(self) -> None:
+        """Stop the requests and close the connections."""
+        if "loop" in self.__dict__:
+            for pool in self._pools.values():
+                self.loop.finish(pool.close)
+            self.loop.stop()
+
+
+def _heuristic(raw: dict[str, Any]) -> Heuristic:
+    processors = tuple(parse_processor(p, "run.json: heuristics") for p in raw["processors"])
+    return Heuristic(raw["name"], processors, tuple(raw.get("aliases", ())))
+
+
+_open: dict[str, Context] = {}
+_open_lock = threading.Lock()
+
+
+def context(url: str) -> Context:
+    """This process's context of a run, opened once."""
+    with _open_lock:
+        if url not in _open:
+            _open[url] = Context(url)
+        return _open[url]
+
+
+def reopen(url: str) -> Context:
+    """Forget what was known of the run and read it anew; `run.json` changed."""
+    release(url)
+    return context(url)
+
+
+def release(url: str) -> None:
+    """Close and forget the run."""
+    with _open_lock:
+        known = _open.pop(url, None)
+    if known:
+        known.close()
