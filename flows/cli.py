@@ -1,0 +1,316 @@
+"""The command line: `winnow`, also `python -m flows.cli`.
+
+Exit codes: 0 done; 2 the input is wrong; 3 finished below a threshold; 4 nothing to reach; 130
+interrupted, run it again to resume.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from flows import terminal
+from tasks.core.errors import InputError, InterruptedRun, WinnowError
+from tasks.core.resolve import flatten, load_config
+
+app = typer.Typer(
+    name="winnow", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    help="Builds training sets of learned LLM samplers: many candidates per prompt from SGLang servers, verified, "
+         "ranked, labelled, scored, filtered.\n\nStart with [bold]make demo[/bold], then copy configs/demo.yaml.",
+    epilog="Exit codes: 0 done, 2 input wrong, 3 finished below a threshold, 4 no server answers, 130 interrupted "
+           "(run it again to resume).")
+servers_app = typer.Typer(no_args_is_help=True, help="Start, probe and stop the servers of a config.")
+app.add_typer(servers_app, name="servers")
+
+# click's own class of usage errors, wherever this version of typer keeps click
+_USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+ConfigArg = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file, such as configs/demo.yaml.")]
+SetOption = Annotated[list[str] | None, typer.Option(
+    "--set", metavar="KEY.PATH=VALUE", help="Override one key of the config; may be given many times. Example: "
+    "--set scoring.top_k=2 --set 'seeds=[0, 1, 2]'.")]
+RunOption = Annotated[str | None, typer.Option("--run", metavar="NAME", help="Override the run's name.")]
+_debug = False
+
+
+@app.callback()
+def _main(debug: Annotated[bool, typer.Option("--debug", help="Show logs and tracebacks.")] = False) -> None:
+    global _debug
+    _debug = debug
+    terminal.set_up_logging(debug)
+
+
+@app.command()
+def run(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None) -> None:
+    """Build the dataset: the main job, start to end.
+
+    Run the same command again after an interruption: it goes on where it stopped, and finished shards are not made
+    again. A finished run says so.
+    """
+    from flows.prepare import check, open_run
+    from tasks.core.store import Store
+
+    resolved, origins = load_config(config, sets, run_name)
+    terminal.notice(f"checking {config}")
+    plan = check(resolved, origins)
+    if _is_finished(resolved, plan):
+        return
+    with Store(resolved.url).lock():  # said before anything is started; the flow takes it again
+        open_run(plan)
+    terminal.notice(f"run {resolved.run}: {len(plan.prompts)} prompts x {len(plan.heuristics)} heuristics x "
+                    f"{len(resolved.seeds)} seeds = {plan.requests} requests in {plan.shards} shards")
+    from flows.prefect_server import prefect_api
+    from flows.servers import state_dir
+
+    with prefect_api(state_dir(resolved) / "prefect.log", terminal.notice, _debug):
+        from flows import build
+
+        build.notice = terminal.notice
+        with _interruptible(resolved.url), terminal.watching(resolved.url):
+            data = build.build_dataset(resolved, origins)
+    _show_result(resolved.url, data)
+
+
+def _is_finished(resolved: Any, plan: Any) -> bool:
+    """Say so and where it lies, if nothing is left to do. Raises ThresholdError as the run itself did."""
+    from flows.prepare import open_run
+    from tasks.core.errors import ThresholdError
+    from tasks.core.store import Store
+
+    store = Store(resolved.url)
+    if not store.exists("run.json") or not (store.read_json("run.json") or {}).get("finished"):
+        return False
+    with store.lock():
+        ctx = open_run(plan)
+    from tasks.pipeline import pending
+
+    if pending(ctx):
+        return False
+    terminal.notice(f"run {resolved.run} is finished already, on {ctx.raw['finished']['at']}: nothing to do")
+    _show_result(resolved.url, store.read_json("report.json"))
+    if problem := ctx.raw["finished"].get("problem"):
+        raise ThresholdError(problem)
+    return True
+
+
+def _show_result(url: str, data: Any) -> None:
+    from rich.markdown import Markdown
+    from tasks.publish.report import markdown
+
+    from tasks.core.store import Store
+
+    terminal.out.print(Markdown(markdown(data)))
+    store = Store(url)
+    places = terminal.table(None, "", "")
+    places.show_header = False
+    if store.exists("dataset/README.md"):
+        places.add_row("dataset", f"{store.display('dataset')}   datasets.load_dataset(\"{store.display('dataset')}\")")
+    places.add_row("report", store.display("report.html"))
+    places.add_row("every row", f"{store.display('candidates')}, verified, labels, comparisons, scores")
+    terminal.out.print(places)
+
+
+@contextmanager
+def _interruptible(url: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM: what is in flight is cancelled and the run stays resumable; the second time, at once."""
+    from tasks.context import release
+
+    seen = 0
+
+    def stop(number: int, _frame: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 1:
+            os._exit(130)
+        terminal.notice("stopping; what was answered is kept, run the same command again to go on")
+        release(url)
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@app.command()
+def plan(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None) -> None:
+    """Show what a run would do: prompts, heuristics, requests, shards, judge calls. Sends nothing."""
+    from flows.prepare import check
+
+    resolved, origins = load_config(config, sets, run_name)
+    made = check(resolved, origins)
+    counts = terminal.table(f"[bold]{resolved.run}[/bold]  ({resolved.url})", "", "", right=("",))
+    counts.show_header = False
+    for name, value in [
+        ("prompts", len(made.prompts)), ("heuristics", len(made.heuristics)), ("seeds", len(resolved.seeds)),
+        ("requests", made.requests), ("shards", made.shards), ("judge calls, at most", made.judge_calls()),
+        ("new tokens, at most", made.requests * resolved.generation.max_new_tokens),
+    ]:
+        counts.add_row(name, f"{value:,}")
+    terminal.out.print(counts)
+    sources = terminal.table("\n[bold]sources[/bold]", "source", "rows", "prompts", "copies folded", "malformed",
+                             "verifier", right=("rows", "prompts", "copies folded", "malformed"))
+    for source in resolved.sources:
+        c = made.sources[source.name]
+        sources.add_row(source.name, *(f"{n:,}" for n in (c.rows, c.prompts, c.copies, c.malformed_count)),
+                        source.verifier or "none")
+    terminal.out.print(sources)
+
+
+@app.command(name="config")
+def show_config(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None) -> None:
+    """Show the resolved config, each value with where it came from."""
+    resolved, origins = load_config(config, sets, run_name)
+    shown = terminal.table(None, "key", "value", "from")
+    for key, value in flatten(resolved.model_dump(mode="json")).items():
+        origin = origins[key]
+        style = "dim" if origin == "default" else ""
+        shown.add_row(escape(key), escape("null" if value is None else str(value)), escape(origin), style=style)
+    terminal.out.print(shown)
+
+
+@app.command()
+def heuristics(
+    family: Annotated[str | None, typer.Argument(metavar="FAMILY", help="llama, qwen, gemma or generic.")] = None,
+    files: Annotated[list[Path] | None, typer.Option("--file", help="A YAML file with sampling_pipelines.")] = None,
+) -> None:
+    """List the heuristics of a model family's grid, of files, or of both: unique and validated."""
+    from tasks.core.heuristics import FAMILIES, expand, family_grid, read_file
+    from tasks.serving.compile import compile_heuristic
+
+    if family is None and not files:
+        raise InputError(f"name a family ({', '.join(FAMILIES)}) or give --file")
+    found = expand(family, files or [])
+    given = (len(family_grid(family)) if family else 0) + sum(len(read_file(f)) for f in files or [])
+    shown = terminal.table(None, "id", "name", "processors in order", "runs as", "also named")
+    for h in found:
+        path = "custom processor" if compile_heuristic(h, honours_seeds=False).custom_params else "native"
+        shown.add_row(h.id[:12], escape(h.name), h.describe(), path, escape(", ".join(h.aliases)))
+    terminal.out.print(shown)
+    folded = f"; {given - len(found)} equal ones folded" if given > len(found) else ""
+    terminal.out.print(f"{len(found)} heuristics{folded}. Where a server honours seeds, every cut runs as custom processor.")
+
+
+@app.command()
+def status(
+    run_name: Annotated[str, typer.Argument(metavar="RUN", help="The run's name, or its folder or URL.")],
+    runs_dir: Annotated[str, typer.Option(help="Where runs live.")] = "data/runs",
+) -> None:
+    """Show how far a run is: stages, shards, rows, failures by kind, rates."""
+    from flows.status import candidate_counts, defects, stage_statuses
+    from tasks.context import Context
+    from tasks.core.store import Store
+
+    url = run_name if "/" in run_name or Store(run_name).exists("run.json") else f"{runs_dir}/{run_name}"
+    ctx = Context(url)
+    finished = ctx.raw.get("finished")
+    state = f"finished {finished['at']}" if finished else "not finished: run it again to go on"
+    terminal.out.print(f"[bold]{escape(ctx.config.run)}[/bold]  {escape(ctx.url)}  ({state})")
+    shown = terminal.table(None, "stage", "shards", "rows", "rows/s", right=("shards", "rows", "rows/s"))
+    for s in stage_statuses(ctx):
+        rate = f"{s.rows / s.seconds:.1f}" if s.seconds else "-"
+        shown.add_row(s.name, f"{s.shards_done}/{s.shards}", f"{s.rows:,}", rate)
+    terminal.out.print(shown)
+    statuses, journalled = candidate_counts(ctx)
+    for name, n in sorted(statuses.items()):
+        terminal.out.print(f"  {n:,} {name}")
+    if journalled:
+        terminal.out.print(f"  {journalled:,} answered, their shards not whole yet")
+    kinds, cells = defects(ctx)
+    if kinds:
+        terminal.out.print("defects: " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())))
+        for cell in cells[:5]:
+            terminal.out.print(escape(f"  {cell['defect']}: prompt {cell['prompt_id'][:12]}, {cell['heuristic']}, "
+                                      f"seed {cell['seed']}"))
+    if finished and finished.get("problem"):
+        terminal.out.print(f"[yellow]{escape(finished['problem'])}[/yellow]")
+
+
+@servers_app.command("up")
+def servers_up(config: ConfigArg, sets: SetOption = None) -> None:
+    """Start the servers that the config launches and leave them running; runs then use them."""
+    from flows.servers import up
+
+    resolved, _ = load_config(config, sets)
+    started = up(resolved, terminal.notice)
+    if not started:
+        terminal.out.print("the config launches no servers: its servers are urls")
+    for record in started:
+        terminal.out.print(f"{record.role}  {record.url}  process {record.pid}  log {record.log}")
+
+
+@servers_app.command("check")
+def servers_check(config: ConfigArg, sets: SetOption = None) -> None:
+    """Ask each server of the config what it is."""
+    from flows.servers import probe
+    from tasks.core.errors import UnreachableError
+
+    resolved, _ = load_config(config, sets)
+    found = probe(resolved)
+    shown = terminal.table(None, "role", "server", "model", "seeds", "custom processors", "SGLang")
+    for role, url, facts in found:
+        if isinstance(facts, WinnowError):
+            shown.add_row(role, url, f"[red]{escape(str(facts))}[/red]", "", "", "")
+        else:
+            shown.add_row(role, url, escape(facts.model_path or "?"), "honoured" if facts.honours_seeds else "ignored",
+                          "yes" if facts.custom_processors else "no", str(facts.info.get("version", "?")))
+    terminal.out.print(shown)
+    if not any(not isinstance(f, WinnowError) for _, _, f in found):
+        raise UnreachableError("no server of this config answers")
+
+
+@servers_app.command("down")
+def servers_down(config: ConfigArg, sets: SetOption = None) -> None:
+    """Stop the servers that Winnow started on this machine, and only those."""
+    from flows.servers import down
+
+    resolved, _ = load_config(config, sets)
+    stopped = down(resolved)
+    for record in stopped:
+        terminal.out.print(f"stopped the {record.role} server at {record.url} (process {record.pid})")
+    if not stopped:
+        terminal.out.print("no server of ours is running")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs a command and exits with the contract's code."""
+    sys.exit(_exit_code(lambda: app(arguments, standalone_mode=False)))
+
+
+def _exit_code(command: Callable[[], Any]) -> int:
+    try:
+        code = command()
+        return code if isinstance(code, int) else 0
+    except WinnowError as error:
+        if _debug:
+            terminal.console.print_exception()
+        style, word = ("yellow", "below a threshold") if error.exit_code == 3 else ("red", "error")
+        terminal.console.print(f"[{style}]{word}:[/{style}] {escape(str(error))}", soft_wrap=True)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort, InterruptedRun):
+        terminal.console.print("interrupted; run the same command again to go on")
+        return 130
+    except Exception as error:
+        if isinstance(error, _USAGE_ERROR):
+            error.show()
+            return error.exit_code
+        if _debug:
+            terminal.console.print_exception()
+        else:
+            terminal.console.print(f"[red]unexpected error:[/red] {escape(f'{type(error).__name__}: {error}')}\n"
+                                   "Run with `winnow --debug ...` for the traceback.", soft_wrap=True)
+        return 1
+
+
+if __name__ == "__main__":
+    main()

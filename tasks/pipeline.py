@@ -1,0 +1,66 @@
+"""The stages in their order, and what is left of a run."""
+
+from __future__ import annotations
+
+from tasks.context import Context
+from tasks.core.config import RunConfig
+from tasks.generation.candidates import Candidates
+from tasks.generation.verify import Verified
+from tasks.labels import labellers
+from tasks.publish.dataset import FOLDER
+from tasks.publish.score import Scores
+from tasks.stage import Stage, is_done, shard_file
+
+
+def stage(name: str) -> Stage:
+    """A stage by its name."""
+    known: dict[str, Stage] = {s.name: s for s in (Candidates(), Verified(), Scores())}
+    return known[name] if name in known else labellers([name])[0]
+
+
+def stages_of(config: RunConfig) -> list[str]:
+    """The stages of a config in their order."""
+    return [Candidates.name, Verified.name, *(x.name for x in labellers(config.labels)),
+            *([Scores.name] if config.labels else [])]
+
+
+def pending(ctx: Context) -> list[str]:
+    """What is still to do, in words; empty for a finished run."""
+    out = []
+    for name in stages_of(ctx.config):
+        missing = sum(not is_done(stage(name), ctx, shard) for shard in range(ctx.shards))
+        if missing:
+            out.append(f"{name} ({missing} of {ctx.shards} shards)")
+            break  # what follows has no keys yet
+    if not out and not (ctx.store.exists("report.json") and ctx.raw.get("finished")):
+        out.append("publish")
+    if not out and ctx.config.labels and not ctx.store.exists(f"{FOLDER}/README.md"):
+        out.append("dataset")
+    return out
+
+
+def needs_servers(ctx: Context) -> bool:
+    """Whether a stage that asks servers has shards left."""
+    asking = [Candidates.name, Verified.name, *(["quality"] if "quality" in ctx.config.labels else [])]
+    return any(not is_done(stage(name), ctx, shard) for name in asking for shard in range(ctx.shards))
+
+
+def shortfall(ctx: Context) -> str | None:
+    """Why the finished run is below a threshold of its config, or None."""
+    planned = failed = 0
+    kinds: dict[str, int] = {}
+    for shard in range(ctx.shards):
+        manifest = ctx.store.manifest(shard_file("verified", shard))
+        if manifest:
+            planned += manifest.facts["planned"]
+            for kind, n in manifest.facts["defects"].items():
+                kinds[kind] = kinds.get(kind, 0) + n
+                failed += n
+    allowed = ctx.config.limits.max_failed
+    if planned and failed / planned > allowed:
+        counts = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+        return (f"{failed} of {planned} candidates failed ({failed / planned:.2%}: {counts}), limits.max_failed allows "
+                f"{allowed:.2%}; see {ctx.store.display('report.html')}")
+    if ctx.config.labels and not any(ctx.store.exists(f"{FOLDER}/{s}.parquet") for s in ("train", "validation")):
+        return "no candidate was kept: the dataset is empty (see the drops by reason in the report)"
+    return None
