@@ -194,7 +194,7 @@ def heuristics(
     given = (len(family_grid(family)) if family else 0) + sum(len(read_file(f)) for f in files or [])
     shown = terminal.table(None, "id", "name", "processors in order", "runs as", "also named")
     for h in found:
-        path = "custom processor" if compile_heuristic(h, honours_seeds=False).custom_params else "native"
+        path = "custom processor" if compile_heuristic(h, honours_seeds=False).custom_params is not None else "native"
         shown.add_row(h.id[:12], escape(h.name), h.describe(), path, escape(", ".join(h.aliases)))
     terminal.out.print(shown)
     folded = f"; {given - len(found)} equal ones folded" if given > len(found) else ""

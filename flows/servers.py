@@ -136,7 +136,7 @@ def _record(facts: ServerFacts, places: list[tuple[str, int]]) -> dict[str, Any]
 def _check(ctx: Context, generators: list[ServerFacts]) -> None:
     """Can these servers do what the heuristics need? Raises InputError before a candidate is asked for."""
     honours = any(f.honours_seeds for f in generators)
-    need = [h.name for h in ctx.heuristics if compile_heuristic(h, honours).custom_params]
+    need = [h.name for h in ctx.heuristics if compile_heuristic(h, honours).custom_params is not None]
     without = [f.url for f in generators if not f.custom_processors]
     if need and without:
         more = f" and {len(need) - 3} more" if len(need) > 3 else ""

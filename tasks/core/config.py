@@ -187,7 +187,7 @@ class Quality(Section):
     """The judge's model; what servers.judge launches, else the run's model, where not given."""
     max_prompt_tokens: int = Field(2048, ge=64)
     """Longest judge prompt; longer texts lose their middle."""
-    prior_sd: float = Field(3.0, gt=0)
+    prior_sd: float = Field(2.5, gt=0)
     """Standard deviation of the Gaussian prior on ratings, in logits."""
 
 

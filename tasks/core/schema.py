@@ -87,6 +87,8 @@ QUALITY = pa.schema([
     _field("rating", pa.float64(), "Bradley-Terry strength in logits, mean 0 in its (prompt, seed)"),
     _field("rating_se", pa.float64(), "standard error of rating, from the posterior's Hessian"),
     _field("comparisons", pa.int32(), "judged pairs the candidate's text was in"),
+    _field("rating_flags", pa.string(), "why rating leans on its prior: disconnected (the comparisons fall apart), "
+                                        "separated (some players never lost to the rest), not_converged; null: none"),
     _field("player", pa.string(), "candidate_id that stands for all equal texts of the group"),
 ])
 

@@ -73,7 +73,7 @@ class Gatherer:
             "seeds": len(config.seeds), "shards": ctx.shards, "top_k": config.scoring.top_k,
             "per": list(config.scoring.per), "weights": config.scoring.weights.model_dump(),
             "incorrect": config.scoring.incorrect, "max_new_tokens": config.generation.max_new_tokens,
-            "ranked_by": _ranked_by(heuristics), "overall": figures(sums) if sums else None,
+            "ranked_by": _ranked_by(heuristics), "overall": self._figures(sums) if sums else None,
             "funnel": self._funnel(), "drops": dict(sorted(self.drops.items())),
             "failures": self._failures(), "requests": self._requests(), "lengths": self._lengths(),
             "heuristics": heuristics, "sources": self._sources(), "judge": self._judge(),
@@ -131,6 +131,9 @@ class Gatherer:
 
     # -- putting together ------------------------------------------------------------------------
 
+    def _figures(self, sums: Row) -> Row:
+        return figures(sums) | ({} if self.scored else {"kept": None, "kept_share": None})
+
     def _heuristics(self) -> list[Row]:
         """Every heuristic with its figures, best first."""
         overall, by_source = self.tally.by_heuristic(), self.tally.by_heuristic_and_source()
@@ -138,9 +141,9 @@ class Gatherer:
         for heuristic in self.ctx.heuristics:
             if (sums := overall.get(heuristic.id)) is None:
                 continue
-            sources = {s.name: figures(by_source[heuristic.id, s.name]) for s in self.ctx.config.sources
+            sources = {s.name: self._figures(by_source[heuristic.id, s.name]) for s in self.ctx.config.sources
                        if (heuristic.id, s.name) in by_source}
-            out.append(_about(heuristic) | figures(sums) | {"sources": sources})
+            out.append(_about(heuristic) | self._figures(sums) | {"sources": sources})
         rank = _ranked_by(out)
         out.sort(key=lambda h: (h[rank] is None, -(h[rank] or 0.0)) if rank else (False, 0.0))
         return [{"place": n} | h for n, h in enumerate(out, 1)]
@@ -152,7 +155,7 @@ class Gatherer:
         return [{"name": s.name, "verifier": s.verifier, "diversity": s.diversity, "license": s.license,
                  "prompts": None, "rows": None, "copies": None, "malformed": None}
                 | {k: read.get(s.name, {}).get(k) for k in ("prompts", "rows", "copies", "malformed")}
-                | {"figures": figures(rows[s.name]) if s.name in rows else None}
+                | {"figures": self._figures(rows[s.name]) if s.name in rows else None}
                 for s in self.ctx.config.sources]
 
     def _funnel(self) -> Row:

@@ -40,7 +40,7 @@ class Compiled:
     @property
     def dialect(self) -> str:
         """How several cuts would combine on this path."""
-        return "sequential" if self.custom_params else "joint"
+        return "sequential" if self.custom_params is not None else "joint"
 
     def sampling_params(self, generation: Generation, seed: int) -> dict[str, Any]:
         """Every sampling field of one request, so that no server default can slip under it."""
@@ -51,12 +51,12 @@ class Compiled:
             "stop": list(generation.stop), "stop_token_ids": [], "ignore_eos": False, "n": 1,
             "skip_special_tokens": True, "spaces_between_special_tokens": True, "no_stop_trim": False,
             "sampling_seed": seed,
-        } | ({"custom_params": self.custom_params} if self.custom_params else {})
+        } | ({"custom_params": self.custom_params} if self.custom_params is not None else {})
 
     @property
     def processor(self) -> str | None:
         """The custom processor's string, where there is one to send."""
-        return processor_string() if self.custom_params else None
+        return processor_string() if self.custom_params is not None else None
 
 
 def compile_heuristic(heuristic: Heuristic, honours_seeds: bool) -> Compiled:

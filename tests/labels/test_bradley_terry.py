@@ -193,7 +193,8 @@ def test_no_convergence_is_flagged_and_logged(caplog):
 @pytest.mark.parametrize(("change", "message"), [
     ({"i": [0, 3]}, "numbered from 0"), ({"j": [1, -1]}, "numbered from 0"), ({"i": [0, 0.5]}, "integers"),
     ({"i": [1, 0]}, "itself"), ({"outcome": [0.5, 1.5]}, "outcome"), ({"outcome": [0.5, np.nan]}, "outcome"),
-    ({"outcome": [0.5]}, "shapes"), ({"weight": [1.0, -1.0]}, "weight"), ({"weight": [1.0, np.inf]}, "weight"),
+    ({"outcome": [0.5]}, "shapes"), ({"weight": [1.0, -1.0]}, "weight"),
+    ({"weight": [1.0, np.inf]}, "weight"),
     ({"prior_sd": 0.0}, "prior_sd"),
 ])
 def test_impossible_input_is_refused(change, message):

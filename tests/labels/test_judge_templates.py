@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,14 +11,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from tasks.core.errors import InputError
-from tasks.labels.quality.templates import BUILT_IN, FEW_SHOT, GRAM, Example, JudgeTemplate, load_template, outcome
+from tasks.labels.quality.templates import (
+    BUILT_IN,
+    FEW_SHOT,
+    GRAM,
+    Example,
+    JudgeTemplate,
+    load_template,
+    outcome,
+)
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PLAIN = JudgeTemplate(name="plain", user="Q {prompt}\nA {a}\nB {b}\n")
-WORDS = st.lists(st.sampled_from(["one", "two", "{a}", "{b}", "{prompt}", "{", "}", "\\1", "é", "🙂", "\n"]), max_size=60)
+PIECES = ["one", "two", "{a}", "{b}", "{prompt}", "{", "}", "\\1", "é", "🙂", "\n"]
+WORDS = st.lists(st.sampled_from(PIECES), max_size=60)
 
 
 def build_tokenizer(chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
@@ -37,9 +48,12 @@ def build_tokenizer(chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFa
     return tokenizer
 
 
-@pytest.fixture(scope="module")
+SHARED = build_tokenizer()
+
+
+@pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer()
+    return SHARED
 
 
 def text_of(tokenizer, ids) -> str:
@@ -65,13 +79,10 @@ def test_the_chat_template_is_applied_once_with_one_bos_and_the_prefix_last(toke
 
 @given(prompt=WORDS, a=WORDS, b=WORDS)
 def test_braces_in_the_contents_are_not_interpreted(prompt, a, b):
-    tokenizer = SHARED
-    contents = [" ".join(words) for words in (prompt, a, b)]
-    text = text_of(tokenizer, PLAIN.render(tokenizer, *contents))
-    assert text == ("<s><|im_start|>user\nQ {}\nA {}\nB {}\n<|im_end|>\n<|im_start|>assistant\n".format(*contents))
-
-
-SHARED = build_tokenizer()
+    p, first, second = (" ".join(words) for words in (prompt, a, b))
+    text = text_of(SHARED, PLAIN.render(SHARED, p, first, second))
+    turn = f"Q {p}\nA {first}\nB {second}\n"
+    assert text == f"<s><|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_candidate_cannot_end_the_turn(tokenizer):
@@ -128,13 +139,18 @@ def test_the_worked_examples_show_both_verdicts():
 
 def test_the_digest_is_of_the_content_not_the_name():
     assert dataclasses.replace(PLAIN, name="other").digest == PLAIN.digest
-    changes = [{"user": PLAIN.user + "."}, {"system": ""}, {"assistant_prefix": "x"}, {"verdicts": ("B", "A")},
+    changes = [{"user": PLAIN.user + "."}, {"system": ""}, {"assistant_prefix": "x"},
+               {"verdicts": ("B", "A")},
                {"examples": (Example("p", "a", "b", "A"),)}, {"examples": (Example("p", "a", "b", "B"),)}]
     digests = {dataclasses.replace(PLAIN, **change).digest for change in changes}
     assert len(digests | {PLAIN.digest}) == len(changes) + 1
 
 
-LONG = {"prompt": "start " + "one " * 100 + "end", "a": "alpha " + "two " * 300 + "omega", "b": "first é🙂" * 90}
+LONG: dict[str, Any] = {
+    "prompt": "start " + "one " * 100 + "end",
+    "a": "alpha " + "two " * 300 + "omega",
+    "b": "first é🙂" * 90,
+}
 
 
 @pytest.mark.parametrize("max_tokens", [60, 100, 200, 399])
@@ -144,18 +160,19 @@ def test_too_long_contents_keep_head_and_tail_of_each(tokenizer, max_tokens):
     text = text_of(tokenizer, ids)
     head, rest = text.split("\nA ")
     a, b = rest.split("\nB ")
-    assert head.startswith("<s><|im_start|>user\nQ st") and b.endswith("\n<|im_end|>\n<|im_start|>assistant\n")
+    assert head.startswith("<s><|im_start|>user\nQ st")
+    assert b.endswith("\n<|im_end|>\n<|im_start|>assistant\n")
     assert a.startswith("al") and a.endswith("ga") and a.count(" [...] ") == 1
     assert b.startswith("fi") and " [...] " in b and "�" not in text
     assert b.split("\n<|im_end|>")[0].endswith("🙂")
 
 
 def test_both_answers_have_the_same_budget_and_short_texts_are_not_cut(tokenizer):
-    def share(a: str, b: str) -> tuple[int, int]:
+    def share(a: str, b: str) -> list[int]:
         text = text_of(tokenizer, PLAIN.render(tokenizer, "why", a, b, 150))
         assert "Q why\n" in text
         first, second = text.split("\nA ")[1].split("\n<|im_end|>")[0].split("\nB ")
-        return tuple(len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (first, second))
+        return [len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (first, second)]
 
     one, two = share("two " * 300, "one " * 100)
     assert abs(one - two) <= 1
@@ -179,7 +196,7 @@ def test_a_limit_that_the_template_alone_exceeds_is_refused(tokenizer):
     ({"user": "{prompt} {a} {a} {b}"}, "found 2"),
     ({"user": "{promt} {a} {b}"}, "unknown placeholder '{promt}', did you mean 'prompt'"),
     ({"verdicts": ("A", "A")}, "two different"),
-    ({"examples": (Example("p", "a", "b", "C"),)}, "'C' is none of"),
+    ({"examples": (Example("p", "a", "b", "C"),)}, "'C' is none of the verdicts"),
 ])
 def test_faulty_templates_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
@@ -220,7 +237,7 @@ def test_faulty_files_are_refused_by_name_and_key(tmp_path, text, message):
 
 
 def test_an_unknown_name_suggests_the_nearest():
-    with pytest.raises(InputError, match="did you mean 'few_shot'.*gram"):
+    with pytest.raises(InputError, match=r"did you mean 'few_shot'.*gram"):
         load_template("fewshot")
 
 
@@ -241,8 +258,8 @@ def test_outcomes_by_hand():
 
 
 @pytest.mark.parametrize("pair", [
-    (None, -1.0), (-1.0, None), (math.nan, -1.0), (-1.0, math.nan), (-3.4e38, -3.4e38), (-math.inf, -math.inf),
-    (0.5, -1.0), (math.inf, -1.0),
+    (None, -1.0), (-1.0, None), (math.nan, -1.0), (-1.0, math.nan), (-3.4e38, -3.4e38),
+    (-math.inf, -math.inf), (0.5, -1.0), (math.inf, -1.0),
 ])
 def test_a_missing_or_masked_verdict_is_not_an_outcome(pair):
     with pytest.raises(ValueError, match="verdict"):

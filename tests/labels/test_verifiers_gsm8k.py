@@ -74,7 +74,7 @@ GOLDEN = [
     ("A: $5.01", "5", False),
     ("A: -$5", "-5", True),
     ("A: $-5", "-5", True),
-    ("A: −5", "-5", True),
+    ("A: \u22125", "-5", True),
     ("The answer is negative 5.", "-5", True),
     ("The answer is 1,234", "1234", True),
     ("The answer is 1234", "#### 1,234", True),
@@ -177,7 +177,24 @@ def test_verdicts_agree_with_the_reference_on_real_model_solutions() -> None:
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
-    "unit", ["1", "1,22,", "<<1", "#", "**1", "\\boxed{", "answer ", "{", "1 ", "\n", "A: 1\n", "1/", "-", "answer is x ", "answer: x "]
+    "unit",
+    [
+        "1",
+        "1,22,",
+        "<<1",
+        "#",
+        "**1",
+        "\\boxed{",
+        "answer ",
+        "{",
+        "1 ",
+        "\n",
+        "A: 1\n",
+        "1/",
+        "-",
+        "answer is x ",
+        "answer: x ",
+    ],
 )
 def test_reading_an_adversarial_text_takes_time_proportional_to_its_length(unit: str) -> None:
     assert verify("gsm8k", unit * (1_000_000 // len(unit)), "72").score == 0.0

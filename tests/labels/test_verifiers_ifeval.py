@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langdetect import DetectorFactory
 
 from tasks.labels.verifiers import Verdict, check_ground_truth, verify
 from tasks.labels.verifiers.ifeval import loose_variants
 from tasks.labels.verifiers.ifeval.instructions import KINDS
+from tasks.labels.verifiers.ifeval.text import detect_language
 
 REFERENCE_DATA = Path(os.environ.get("WINNOW_REFERENCE_DATA") or Path(__file__).parents[3] / "shared" / "data")
 
 SHAPES = int(os.environ.get("WINNOW_IFEVAL_SHAPES", "3"))  # 16 for all
 
 PROSE = (
-    "Dr. Smith went to St. Louis in the U.S. on Jan. 5 at 3.30 p.m. He said: \"It's fine.\" Was it? Yes! "
+    'Dr. Smith went to St. Louis in the U.S. on Jan. 5 at 3.30 p.m. He said: "It\'s fine." Was it? Yes! '
     "The fee was $3.50, i.e. cheap... Then e.g. Mr. Jones left. NASA and the F.B.I. agreed (see Fig. 3)."
 )
 
@@ -169,7 +171,7 @@ def test_a_malformed_ground_truth_is_named_and_never_scored(ground_truth: str, n
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("unit", ["[", "<<", "*", "\n", "* \n", " ", "p", "a, ", "{", "** "])
 def test_an_adversarial_text_takes_time_proportional_to_its_length(unit: str) -> None:
-    text = "x" + unit * (300_000 // len(unit))
+    text = "x" + unit * (100_000 // len(unit))
     for name, arguments, _, _ in EACH_KIND:
         if name not in ("length_constraints:number_sentences", "change_case:capital_word_frequency"):
             followed(name, text, **arguments)
@@ -264,9 +266,7 @@ def test_verdicts_equal_the_independent_implementation_twice(reference: Any) -> 
     differing = []
     for number, row in enumerate(rows):
         pairs = [
-            pair
-            for pair in zip(row["instruction_id_list"], row["kwargs"], strict=True)
-            if not draws_its_letter(*pair)
+            pair for pair in zip(row["instruction_id_list"], row["kwargs"], strict=True) if not draws_its_letter(*pair)
         ]
         texts = responses(row)
         # Few shapes a prompt, others for the next, and all where a kind is rare: every kind meets every shape.
@@ -283,7 +283,8 @@ def test_verdicts_equal_the_independent_implementation_twice(reference: Any) -> 
                 assert whole.score == float(all(strict for strict, _ in expected))
                 assert whole.loose == float(all(loose for _, loose in expected))
     assert differing == []
-    assert not [name for name, verdicts in seen.items() if len(verdicts) == 1]
+    # Eleven prompts ask for as many languages, two of which occur in the texts.
+    assert {name for name, verdicts in seen.items() if len(verdicts) == 1} <= {"language:response_language"}
 
 
 def test_outer_whitespace_is_kept_as_in_the_official_code() -> None:
@@ -295,3 +296,14 @@ def test_outer_whitespace_is_kept_as_in_the_official_code() -> None:
 def test_loose_variants_hold_no_blank_and_no_repeated_text() -> None:
     assert loose_variants("one line") == []
     assert loose_variants("a\n*b*\nc") == ["*b*\nc", "a\n*b*", "*b*", "a\nb\nc", "b\nc", "a\nb", "b"]
+
+
+def test_an_ambiguous_text_is_of_one_language_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DetectorFactory, "seed", None)  # the reference above may have set it for all
+    assert len({detect_language("hotel taxi") for _ in range(30)}) == 1
+
+
+def test_capital_words_are_treebank_tokens_not_runs_between_blanks() -> None:
+    arguments = {"capital_frequency": 5, "capital_relation": "at least"}
+    assert followed("change_case:capital_word_frequency", "NASA--FBI (USA), I'M", **arguments)
+    assert not followed("change_case:capital_word_frequency", "NASA--FBI (USA), I", **arguments)

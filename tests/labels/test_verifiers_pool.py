@@ -107,7 +107,7 @@ def test_a_worker_serves_many_jobs_and_many_runs(odd_pool: VerifierPool) -> None
 
 def test_texts_of_ten_megabytes_and_broken_characters_survive() -> None:
     long = "é" * 10_000_000 + "\n#### 72"
-    odd = "\ud800 \x00 \u2028 𝟟 #### 72"
+    odd = "\ud800 \x00 \u2028 \U0001d7df #### 72"
     with VerifierPool(2, 60.0) as pool:
         assert pool.run([("gsm8k", long, "72"), ("gsm8k", odd, "72"), ("math", long, "72")])[:2] == [RIGHT, RIGHT]
 

@@ -28,8 +28,7 @@ WORDS = ("river stone light morning answer because seven walks quietly a the of 
 def some_heuristics(count: int) -> list[Heuristic]:
     """Heuristics of a family's grid; one has a name that wants to be HTML."""
     grid = family_grid("llama")
-    step = max(1, len(grid) // count)
-    chosen = grid[::step][:count - 1]
+    chosen = [grid[n * 37 % len(grid)] for n in range(min(count - 1, len(grid)))]  # 37 has no factor in common with 396
     return [*chosen, Heuristic(f"{SCRIPT} | cut & $run$", (Processor("temperature", 0.9), Processor("top_p", 0.77)))]
 
 

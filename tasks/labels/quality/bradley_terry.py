@@ -136,7 +136,12 @@ def fit(
 
 
 def _checked(
-    n: int, i: npt.ArrayLike, j: npt.ArrayLike, outcome: npt.ArrayLike, weight: npt.ArrayLike | None, sd: float
+    n: int,
+    i: npt.ArrayLike,
+    j: npt.ArrayLike,
+    outcome: npt.ArrayLike,
+    weight: npt.ArrayLike | None,
+    sd: float,
 ) -> tuple[Ints, Ints, Floats, Floats]:
     """The comparisons as arrays, without those of weight 0."""
     raw_first, raw_second = np.asarray(i), np.asarray(j)

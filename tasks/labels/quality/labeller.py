@@ -71,7 +71,7 @@ class QualityLabeller(Labeller):
         prompts = {p["prompt_id"]: transcript(p["messages"]) for p in read_shard(ctx.store, shard).to_pylist()}
         work = list(_groups(ctx, shard).items())
         judge = Judge(ctx, shard)
-        played: dict[tuple[str, int], list[Row]] = {}
+        played: dict[tuple[Any, ...], list[Row]] = {}
 
         async def play_all() -> None:
             waiting = iter(work)
@@ -90,7 +90,8 @@ class QualityLabeller(Labeller):
         except BaseException:
             judge.close(done=False)
             raise
-        labels = [row for (pid, seed), rows in work for row in rate(rows, played[pid, seed], ctx.config.quality.prior_sd)]
+        labels = [row for group, rows in work
+                  for row in rate(rows, played[group], ctx.config.quality.prior_sd)]
         key = self.key(ctx, shard)
         comparisons = [row for group, _ in work for row in played[group]]
         ctx.store.write_table(shard_file("comparisons", shard), schema.table(comparisons, schema.COMPARISONS), key)
@@ -155,10 +156,12 @@ def rate(rows: list[Row], comparisons: list[Row], prior_sd: float) -> list[Row]:
         np.array([index[c["b"]] for c in judged], dtype=np.int64),
         np.array([c["outcome"] for c in judged], dtype=np.float64), prior_sd=prior_sd)
     rating, se = fit.rating.tolist(), fit.se.tolist()
+    flags = ", ".join(name for name, on in [("disconnected", not fit.connected), ("separated", fit.separated),
+                                            ("not_converged", not fit.converged)] if on) or None
     out = []
     for row in rows:
         stands = player[row["text"]]
         n = index[stands]
         out.append({"candidate_id": row["candidate_id"], "rating": rating[n], "rating_se": se[n],
-                    "comparisons": int(fit.comparisons[n]), "player": stands})
+                    "comparisons": int(fit.comparisons[n]), "rating_flags": flags, "player": stands})
     return out

@@ -116,7 +116,7 @@ class Swiss:
             RuntimeError: pairs of the current round are not recorded yet.
         """
         if self._pending:
-            raise RuntimeError(f"{len(self._pending)} pairs of round {self.rounds_started} have no result yet")
+            raise RuntimeError(f"{len(self._pending)} pairs of round {self.rounds_started} have no result")
         self._bye = None
         if self.rounds_started >= self.rounds:
             return []
@@ -174,8 +174,9 @@ class Swiss:
     def _by_standing(self, rng: np.random.Generator) -> list[tuple[str | None, str | None]]:
         """Neighbours in the standings that have not met; the bye to the last who had none."""
         shuffled = [self._players[k] for k in rng.permutation(len(self._players))]
-        waiting: list[str | None] = [*sorted(shuffled, key=lambda player: -self.points[player])]
-        rank: dict[str | None, int] = {player: k for k, player in enumerate(waiting)} | {None: len(waiting)}
+        standing = sorted(shuffled, key=lambda player: -self.points[player])
+        waiting: list[str | None] = [*standing]
+        rank: dict[str | None, int] = {player: k for k, player in enumerate([*standing, None])}
         matched: list[tuple[str | None, str | None]] = []
         if len(waiting) % 2:
             last = next(player for player in reversed(waiting) if player not in self._met[None])

@@ -29,7 +29,7 @@ MARKER = " [...] "
 
 # Llama 3's chat template writes today's date into the system turn unless told one: the same judgement
 # would get another prompt tomorrow. This is the date that the template falls back to.
-CHAT_VARIABLES = {"date_string": "26 Jul 2024"}
+CHAT_VARIABLES: dict[str, Any] = {"date_string": "26 Jul 2024"}
 
 MASKED = -1e30
 """Log-probabilities below this stand for probability 0 (servers report masked tokens as -3.4e38)."""
@@ -59,7 +59,7 @@ class JudgeTemplate:
     """The user's turn, with {prompt}, {a} and {b} once each; other braces stand for themselves."""
     system: str | None = None
     examples: tuple[Example, ...] = ()
-    """Turns before the question, in the layout of `user`; the assistant's are `assistant_prefix` + verdict."""
+    """Turns before the question, in the layout of `user`; the assistant's: `assistant_prefix` + verdict."""
     assistant_prefix: str = ""
     """Put into the assistant's mouth; the verdict is the next token."""
     verdicts: tuple[str, str] = ("A", "B")
@@ -69,8 +69,8 @@ class JudgeTemplate:
         found = re.findall(r"\{(\w+)\}", self.user)
         for name in found:
             if name not in PLACEHOLDERS:
-                raise ValueError(f"user: unknown placeholder '{{{name}}}'{did_you_mean(name, list(PLACEHOLDERS))} "
-                                 "Known: {prompt}, {a}, {b}.")
+                raise ValueError(f"user: unknown placeholder '{{{name}}}'"
+                                 f"{did_you_mean(name, list(PLACEHOLDERS))} Known: {{prompt}}, {{a}}, {{b}}.")
         for name in PLACEHOLDERS:
             if found.count(name) != 1:
                 raise ValueError(f"user: '{{{name}}}' must stand in it once, found {found.count(name)} times")
@@ -78,7 +78,8 @@ class JudgeTemplate:
             raise ValueError(f"verdicts: two different texts are needed, got {list(self.verdicts)}")
         for example in self.examples:
             if example.verdict not in self.verdicts:
-                raise ValueError(f"examples: the verdict '{example.verdict}' is none of {list(self.verdicts)}")
+                raise ValueError(f"examples: '{example.verdict}' is none of the verdicts "
+                                 f"{list(self.verdicts)}")
 
     @property
     def digest(self) -> str:
@@ -129,21 +130,22 @@ class JudgeTemplate:
         Raises:
             ValueError: a verdict is not exactly one token there, or both are the same token.
         """
+        where = f"judge template '{self.name}'"
         before = self._text(tokenizer, "p", "a", "b")
         head = _ids(tokenizer, before)
         found = []
         for verdict in self.verdicts:
             ids = _ids(tokenizer, before + verdict)
             if ids[: len(head)] != head:
-                raise ValueError(f"judge template '{self.name}': the verdict '{verdict}' merges with the text "
-                                 f"before it, {before[-20:]!r}; end assistant_prefix without a space and begin "
-                                 "the verdicts with one, or the reverse")
+                raise ValueError(f"{where}: the verdict '{verdict}' merges with the text before it, "
+                                 f"{before[-20:]!r}; end assistant_prefix without a space and begin the "
+                                 "verdicts with one, or the reverse")
             if len(ids) != len(head) + 1:
-                raise ValueError(f"judge template '{self.name}': this tokenizer makes {len(ids) - len(head)} "
+                raise ValueError(f"{where}: this tokenizer makes {len(ids) - len(head)} "
                                  f"tokens of the verdict '{verdict}' after {before[-20:]!r}; it must be one")
             found.append(ids[-1])
         if found[0] == found[1]:
-            raise ValueError(f"judge template '{self.name}': both verdicts are token {found[0]} in this tokenizer")
+            raise ValueError(f"{where}: both verdicts are token {found[0]} in this tokenizer")
         return found[0], found[1]
 
     def _encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str, a: str, b: str) -> list[int]:
@@ -168,7 +170,7 @@ class JudgeTemplate:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=True)["input_ids"])  # type: ignore[arg-type]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
 
 def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
@@ -197,6 +199,7 @@ def _equal_share(lengths: list[int], room: int) -> int:
     return max(lengths)
 
 
+@functools.lru_cache(maxsize=4096)  # a candidate meets many others under the same cap
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int, cap: int) -> str:
     """`text` if its `length` is at most `cap` tokens, else as much of its head and tail as fits."""
     if length <= cap:
@@ -243,8 +246,8 @@ FEW_SHOT = JudgeTemplate(
     name="few_shot",
     user="Question: {prompt}\n\nAnswer A: {a}\n\nAnswer B: {b}\n\nWhich answer is better, A or B?",
     examples=(
-        Example("What is the capital of France?", "Cats like to drink milk.", "The capital of France is Paris.",
-                "B"),
+        Example("What is the capital of France?", "Cats like to drink milk.",
+                "The capital of France is Paris.", "B"),
         Example("How do I make tea?", "Pour hot water over tea leaves and wait five minutes.",
                 "Over five pour leaves minutes water tea hot.", "A"),
     ),
@@ -259,9 +262,9 @@ Please act as an impartial judge and evaluate the quality of the responses provi
 the user question displayed below. You should choose the assistant that follows the user's instructions and \
 answers the user's question better.
 Your evaluation should consider factors such as the helpfulness, relevance, accuracy, depth, creativity, and \
-level of detail of their responses. Avoid any position biases and ensure that the order in which the responses \
-were presented does not influence your decision. Do not allow the length of the responses to influence your \
-evaluation. Do not favor certain names of the assistants. Be as objective as possible.
+level of detail of their responses. Avoid any position biases and ensure that the order in which the \
+responses were presented does not influence your decision. Do not allow the length of the responses to \
+influence your evaluation. Do not favor certain names of the assistants. Be as objective as possible.
 Please directly output your final verdict by strictly following this format: "A" if assistant A is better, \
 "B" if assistant B is better.
 
@@ -279,8 +282,9 @@ Please directly output your final verdict by strictly following this format: "A"
 #Preferred: """,
 )
 """The layout that the GRAM reward models were fine-tuned on (NiuTrans/GRAM-LLaMA3.2-3B-RewardModel and its
-sisters), quoted from github.com/NiuTrans/GRAM, README.md "Fine-Tuning" and evaluation/gram_eval.py (Apache-2.0;
-Wang et al. 2025, arXiv:2506.14175): one user turn, no system turn, the verdict first in the assistant's."""
+sisters), quoted from github.com/NiuTrans/GRAM, README.md "Fine-Tuning" and evaluation/gram_eval.py (Apache
+2.0; Wang et al. 2025, arXiv:2506.14175): one user turn, no system turn, and the verdict opens the
+assistant's."""
 
 BUILT_IN = {template.name: template for template in (FEW_SHOT, GRAM)}
 
@@ -297,8 +301,9 @@ def load_template(name_or_path: str | Path) -> JudgeTemplate:
         return known
     path = Path(name_or_path)
     if not path.is_file():
-        raise InputError(f"judge template '{name_or_path}': no such file, and no built-in template"
-                         f"{did_you_mean(str(name_or_path), list(BUILT_IN))} Built in: {', '.join(BUILT_IN)}.")
+        guess = did_you_mean(str(name_or_path), list(BUILT_IN))
+        raise InputError(f"judge template '{name_or_path}': no such file, and no built-in template{guess} "
+                         f"Built in: {', '.join(BUILT_IN)}.")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -7,7 +7,6 @@ under a time limit that a hung regular expression or a runaway simplification ca
 from __future__ import annotations
 
 from tasks.labels.verifiers.base import Verdict, check_ground_truth, names, verify
-
 from tasks.labels.verifiers.pool import VerifierPool, WorkerStartError
 
 __all__ = ["Verdict", "VerifierPool", "WorkerStartError", "check_ground_truth", "names", "verify"]

@@ -1,8 +1,8 @@
 """The record every verifier returns, and the table of verifiers.
 
 A verifier is a module with two functions, `check(ground_truth) -> str | None` and
-`verify(text, ground_truth) -> Verdict`, and, where it imports lazily, `prepare(ground_truth)`. Modules are imported on first use, so that a worker
-that checks numbers never loads a computer algebra system.
+`verify(text, ground_truth) -> Verdict`, and, where it imports lazily, `prepare(ground_truth)`. Modules
+are imported on first use, so that a worker that checks numbers never loads a computer algebra system.
 """
 
 from __future__ import annotations

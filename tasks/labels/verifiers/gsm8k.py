@@ -44,7 +44,7 @@ _FILLER = re.compile(
 )
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*(?!\s*:)|__([^_\n]+)__(?!\s*:)")
 _NUMBERING = re.compile(r"[ \t>*#-]*(?:(?:step|part)[ \t]+\d+\b[.):]?|\d+[.):](?=\s))[ \t]*", re.IGNORECASE)
-_OPERATOR_NEXT = re.compile(r"\s*(?:[-+*/×÷−]|\\times|\\div|\\cdot)\s*[\d$(\\]")
+_OPERATOR_NEXT = re.compile(r"\s*(?:[-+*/\u00d7\u00f7\u2212]|\\times|\\div|\\cdot)\s*[\d$(\\]")
 _SENTENCE_END = re.compile(r"[.!?]\s+\S")
 
 

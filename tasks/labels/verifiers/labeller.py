@@ -25,14 +25,18 @@ class VerifierLabeller(Labeller):
     def signatures(self, ctx: Context) -> dict[str, str]:
         """Versions of the checkers."""
         math_verify = importlib.metadata.version("math-verify")
-        return {"reward": f"winnow-verifiers:{self.version}|math-verify:{math_verify}|"
-                          f"time_limit_s:{ctx.config.verifiers.time_limit_s:g}"}
+        return {
+            "reward": f"winnow-verifiers:{self.version}|math-verify:{math_verify}|"
+            f"time_limit_s:{ctx.config.verifiers.time_limit_s:g}"
+        }
 
     def run(self, ctx: Context, shard: int) -> None:
         """Check and write."""
-        checks = {p["prompt_id"]: (p["verifier"], p["ground_truth"])
-                  for p in read_shard(ctx.store, shard).select(["prompt_id", "verifier", "ground_truth"]).to_pylist()
-                  if p["verifier"]}
+        checks = {
+            p["prompt_id"]: (p["verifier"], p["ground_truth"])
+            for p in read_shard(ctx.store, shard).select(["prompt_id", "verifier", "ground_truth"]).to_pylist()
+            if p["verifier"]
+        }
         rows = read_verified(ctx, shard).select(["candidate_id", "prompt_id", "text"]).to_pylist()
         rows = [row for row in rows if row["prompt_id"] in checks]
         jobs = [(checks[r["prompt_id"]][0], r["text"], checks[r["prompt_id"]][1]) for r in rows]
@@ -41,8 +45,16 @@ class VerifierLabeller(Labeller):
             limits = ctx.config.verifiers
             with VerifierPool(limits.workers, limits.time_limit_s) as pool:
                 verdicts = pool.run(jobs)
-        out = [{"candidate_id": row["candidate_id"], "reward": v.score, "reward_loose": v.loose,
-                "extracted": v.extracted, "verdict_reason": v.reason} for row, v in zip(rows, verdicts, strict=True)]
+        out = [
+            {
+                "candidate_id": row["candidate_id"],
+                "reward": v.score,
+                "reward_loose": v.loose,
+                "extracted": v.extracted,
+                "verdict_reason": v.reason,
+            }
+            for row, v in zip(rows, verdicts, strict=True)
+        ]
         ctx.store.write_table(self.path(shard), schema.table(out, self.schema), self.key(ctx, shard))
         right = sum(v.score == 1 for v in verdicts)
         ctx.progress.advance(self.name, self.size(ctx, shard), correct=right, checked=len(out))

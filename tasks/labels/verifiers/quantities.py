@@ -23,14 +23,17 @@ _SCALES = {
     "billion": 10**9,
     "trillion": 10**12,
 }
-_VULGAR = dict(zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", ["1/2", "1/3", "2/3", "1/4", "3/4", "1/5", "2/5", "3/5", "4/5", "1/6", "5/6", "1/8", "3/8", "5/8", "7/8"], strict=True))
+_VULGAR = {
+    **{"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5"},
+    **{"⅘": "4/5", "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8"},
+}
 
 _DIGIT = re.compile(r"\d")
-_CURRENCY = r"(?:(?:US|CA|AU|NZ|HK)?\\?\$|[€£¥₹₽₩]|\b(?:USD|EUR|GBP|INR|Rs\.?)(?=[ ]?[-−\d.]))"
+_CURRENCY = r"(?:(?:US|CA|AU|NZ|HK)?\\?\$|[€£¥₹₽₩]|\b(?:USD|EUR|GBP|INR|Rs\.?)(?=[ ]?[-\u2212\d.]))"
 _QUANTITY = re.compile(
     rf"""
-    (?:(?<![\w)\].])(?P<sign>[-+−–]|negative[ ]))?     # an operator follows a word or bracket; a sign does not
-    (?:{_CURRENCY}[ ]?(?P<inner_sign>[-−])?|(?<!\w)(?<!\d\.))
+    (?:(?<![\w)\].])(?P<sign>[-+\u2212\u2013]|negative[ ]))?  # an operator follows a word or bracket; a sign does not
+    (?:{_CURRENCY}[ ]?(?P<inner_sign>[-\u2212])?|(?<!\w)(?<!\d\.))
     (?:
         (?P<whole>\d+)[ ](?P<mixed_top>\d+)/(?P<mixed_bottom>\d+)
       | (?P<top>\d+)[ ]?/[ ]?(?P<bottom>\d+)

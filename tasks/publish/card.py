@@ -1,0 +1,217 @@
+"""The dataset's card: a README.md whose front matter the Hub and `datasets.load_dataset` read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from tasks.context import Context
+from tasks.core import schema
+from tasks.publish.report_parts import RANKED_BY, count, escape, figure_text, markdown_table, num, pct
+from tasks.publish.report_sections import funnel_steps
+
+PATH = "dataset/README.md"
+# upper bounds and names of the Hub's size categories
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"),
+          (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))
+_FOLDED = 40
+
+
+def card(ctx: Context, data: dict[str, Any], splits: dict[str, int]) -> str:
+    """The card of a written dataset. `data`: what `report.gather` returned; `splits`: rows by split.
+
+    A split without rows has no file and is not named.
+    """
+    splits = {split: rows for split, rows in splits.items() if rows}
+    columns = _columns(ctx, splits)
+    parts = [
+        f"---\n{yaml.safe_dump(front_matter(ctx, splits), sort_keys=False, allow_unicode=True)}---",
+        *_about(ctx, data, splits), *_counts(data), *_sources(ctx, data), *_sampling(ctx, data),
+        *_labels(ctx, data, columns), *_made_with(ctx, data), *_column_table(columns), *_limits(data),
+        *_use(ctx, splits), *_rebuild(ctx, data),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def front_matter(ctx: Context, splits: dict[str, int]) -> dict[str, Any]:
+    """The card's YAML head."""
+    config, total = ctx.config, sum(splits.values())
+    out: dict[str, Any] = {
+        "pretty_name": config.run, "license": (config.dataset.license or "other").lower(),
+        "task_categories": ["text-generation"], "tags": ["synthetic", "sampling", "decoding", "best-of-n", "winnow"],
+        "size_categories": [next((name for limit, name in _SIZES if total < limit), "n>100M")],
+    }
+    if splits:
+        out["configs"] = [{"config_name": "default", "data_files": [
+            {"split": split, "path": f"{split}.parquet"} for split in splits]}]
+    return out
+
+
+def _about(ctx: Context, data: dict[str, Any], splits: dict[str, int]) -> list[str]:
+    per = " and ".join(data["per"])
+    rows = ", ".join(f"{count(n)} in `{split}`" for split, n in splits.items()) or "none"
+    best = "The best answer" if data["top_k"] == 1 else f"The {data['top_k']} best answers"
+    return [
+        "", f"# {escape(ctx.config.run)}", "",
+        f"{best} per {per} out of {count(data['requests']['rows'])} that "
+        f"{escape(data['model'])} gave to {count(data['prompts'])} prompts under {count(len(data['heuristics']))} sampling "
+        f"heuristics and {count(data['seeds'])} seed{'s' if data['seeds'] != 1 else ''}. Each row says which heuristic "
+        "won, with token ids, log-probabilities and labels, so that a sampler can learn from it.", "",
+        f"Rows: {rows}. The split is by prompt: no prompt is in both.", "",
+    ]
+
+
+def _counts(data: dict[str, Any]) -> list[str]:
+    out = ["## From plan to dataset", "", *markdown_table(("stage", "rows"), [(k, count(n)) for k, n in funnel_steps(data)]),
+           ""]
+    if data["funnel"]["checked"]:
+        out += [f"Where verified, {count(data['funnel']['correct'])} of {count(data['funnel']['checked'])} answers are "
+                "correct.", ""]
+    if data["drops"]:
+        out += [*markdown_table(("not kept because", "rows"), [(k, count(n)) for k, n in data["drops"].items()]), ""]
+    if data["failures"]["by_kind"]:
+        out += [*markdown_table(("failed by kind", "rows"), [(k, count(n)) for k, n in
+                                                            data["failures"]["by_kind"].items()]), ""]
+    return out
+
+
+def _sources(ctx: Context, data: dict[str, Any]) -> list[str]:
+    paths = {s.name: (s.path, s.revision) for s in ctx.config.sources}
+    rows = []
+    for s in data["sources"]:
+        path, revision = paths[s["name"]]
+        rows.append((s["name"], f"{path} at {revision}" if revision else path, s["license"] or "not stated",
+                     count(s["prompts"]), s["verifier"] or "none", count(s["figures"]["kept"]) if s["figures"] else "0"))
+    head = ("source", "read from", "licence", "prompts", "verifier", "rows kept")
+    return ["## Sources", "", *markdown_table(head, rows), ""]
+
+
+def _sampling(ctx: Context, data: dict[str, Any]) -> list[str]:
+    generation, figures = ctx.config.generation, {h["id"]: h for h in data["heuristics"]}
+    rows = []
+    for h in ctx.heuristics:
+        known = figures.get(h.id, {})
+        metric = data["ranked_by"]
+        rows.append((" = ".join((h.name, *h.aliases)), h.describe(),
+                     figure_text(known, metric) if metric and known else num(None), count(known.get("kept"))))
+    label = RANKED_BY[data["ranked_by"]][0] if data["ranked_by"] else "rating"
+    table = markdown_table(("heuristic", "processors in their order", f"{label} (95 % interval)", "rows kept"), rows)
+    if len(rows) > _FOLDED:
+        table = [f"<details><summary>{len(rows)} heuristics</summary>", "", *table, "", "</details>"]
+    return [
+        "## How candidates were sampled", "",
+        f"Model {escape(data['model'])}, revision {escape(data['revision'] or 'not pinned')}. At most "
+        f"{generation.max_new_tokens} new tokens, at least {generation.min_new_tokens}. Every prompt was sampled with "
+        "every heuristic and seed; each request had a sampling seed of its own (`request_seed`).", "", *table, ""]
+
+
+def _labels(ctx: Context, data: dict[str, Any], columns: pa.Schema) -> list[str]:
+    out = ["## How it was labelled", ""]
+    if judge := data["judge"]:
+        out += [f"- Quality: {escape(judge['model'])} compared pairs in Swiss rounds, each pair in both orders (template "
+                f"{escape(judge['template'])}; {count(judge['comparisons'])} comparisons, {count(judge['abstained'])} "
+                f"abstained, {pct(judge['flip_rate'], 1)} changed with the order). `rating` is the Bradley-Terry strength "
+                "within one prompt and seed."]
+    if "diversity" in data["labels"]:
+        out.append("- Diversity: self-BLEU and embedding entropy of the answers of one prompt and heuristic across seeds.")
+    if "verifiers" in data["labels"]:
+        names = sorted({s["verifier"] for s in data["sources"] if s["verifier"]})
+        out.append(f"- Correctness: {escape(', '.join(names) or 'no source has a verifier')}.")
+    if not data["labels"]:
+        out.append("Not labelled.")
+    weights = ", ".join(f"{k} {v:g}" for k, v in data["weights"].items())
+    out += ["", f"`score` is the weighted mean of the z-scores there are ({weights}); answers found wrong are "
+            f"{'left out' if data['incorrect'] == 'drop' else 'kept'}.", ""]
+    signatures = [(f.name, f.metadata[b"signature"].decode()) for f in columns if b"signature" in (f.metadata or {})]
+    return [*out, *markdown_table(("column", "signature"), signatures), ""] if signatures else out
+
+
+def _columns(ctx: Context, splits: dict[str, int]) -> pa.Schema:
+    """The schema as written, metric signatures included."""
+    for split in splits:
+        if ctx.store.exists(path := f"dataset/{split}.parquet"):
+            with ctx.store.open(path) as file:
+                return pq.read_schema(file)
+    return schema.DATASET
+
+
+def _made_with(ctx: Context, data: dict[str, Any]) -> list[str]:
+    out = ["## Made with", ""]
+    if created := ctx.raw.get("created"):
+        out += [f"Begun {escape(created)}; config {escape(data['config_digest'])}.", ""]
+    if versions := ctx.raw.get("versions"):
+        out += [*markdown_table(("package", "version"), sorted(versions.items())), ""]
+    for role, servers in (ctx.raw.get("servers") or {}).items():
+        for n, facts in enumerate(servers or [], 1):
+            told = "; ".join(f"{k} {v}" for k, v in facts.items() if not isinstance(v, (dict, list)) and v is not None)
+            out.append(f"- {escape(role)} {n}: {escape(told)}")
+    return [*out, ""]
+
+
+def _column_table(columns: pa.Schema) -> list[str]:
+    rows = [(f.name, _type(f.type), (f.metadata or {}).get(b"description", b"").decode()) for f in columns]
+    return ["## Columns", "", "Missing is null.", "", *markdown_table(("column", "type", "what it is"), rows), ""]
+
+
+def _type(kind: pa.DataType) -> str:
+    """`list of int32`, `list of {role, content}`."""
+    if pa.types.is_list(kind):
+        return f"list of {_type(kind.value_type)}"
+    if pa.types.is_struct(kind):
+        return "{" + ", ".join(f.name for f in kind) + "}"
+    return str(kind)
+
+
+def _limits(data: dict[str, Any]) -> list[str]:
+    seeds, judge = data["requests"]["seed_effective"], data["judge"]
+    out = ["Ratings compare answers within one (prompt, seed) only; across groups they are relative to other opponents.",
+           "`output_logprobs` are the server's: after temperature and custom processors, before native top_k, top_p and "
+           "min_p."]
+    if any(k != "true" for k in seeds):
+        others = sum(n for k, n in seeds.items() if k != "true")
+        out.append(f"`seed_effective` is not true for {count(others)} of {count(sum(seeds.values()))} answers: their server "
+                   "did not honour the seed, so the same request may give another answer.")
+    else:
+        out.append("`seed_effective` is true: the same server, version and hardware give the same answer to the same "
+                   "request; others may not.")
+    if judge:
+        same = " It judged its own answers." if judge["model"] == data["model"] else ""
+        out.append(f"The judge is a model and errs: {pct(judge['flip_rate'])} of its verdicts changed with the order shown."
+                   f"{same}" + (f" It agreed with the verifier in {pct(judge['verifier']['agrees'])} of "
+                                f"{count(judge['verifier']['pairs'])} pairs with one right answer." if judge["verifier"]
+                                else ""))
+    if data["drops"]:
+        out.append("Rows were selected by these labels, so what the judge and the verifiers favour is over-represented.")
+    out.append("The texts are a model's output: they may be wrong, and its licence applies beside those of the sources.")
+    return ["## Known limits", "", *(f"- {line}" for line in out), ""]
+
+
+def _use(ctx: Context, splits: dict[str, int]) -> list[str]:
+    folder, split = ctx.store.display("dataset"), next(iter(splits), "train")
+    return [
+        "## How to load it", "", "```python", "import datasets", f"rows = datasets.load_dataset({folder!r}, split={split!r})",
+        "", "import polars", f'rows = polars.read_parquet("{folder}/{split}.parquet")', "```", "", "```sql",
+        f"SELECT heuristic, count(*) FROM '{folder}/*.parquet' GROUP BY ALL ORDER BY 2 DESC;  -- duckdb", "```", ""]
+
+
+def _rebuild(ctx: Context, data: dict[str, Any]) -> list[str]:
+    """The config without what another machine sets for itself."""
+    text = yaml.safe_dump(rebuild_config(ctx), sort_keys=False, allow_unicode=True)
+    fence = "`" * max(3, 1 + max((len(run) for run in _ticks(text)), default=0))
+    return ["## How to build it again", "",
+            "Save this as `config.yaml`, add your `servers`, and run `winnow run config.yaml`.", "",
+            f"{fence}yaml", text.rstrip("\n"), fence]
+
+
+def rebuild_config(ctx: Context) -> dict[str, Any]:
+    """The run's config as one would write it: no defaults, no servers, no folders of this machine."""
+    return ctx.config.model_dump(mode="json", exclude_defaults=True, exclude={"servers", "runs_dir"})
+
+
+def _ticks(text: str) -> Sequence[str]:
+    """The runs of backticks in a text."""
+    return ["`" * len(run) for run in "".join(c if c == "`" else " " for c in text).split()]

@@ -1,0 +1,133 @@
+"""Start an unmodified SGLang server on a CPU: `python launch.py --model-path ... --device cpu ...`
+
+Runs in the serving environment, by file path. Stand-ins take the place of what only a GPU build has (the
+sgl_kernel package; torchvision, which SGLang imports for every model), and `--enable-deterministic-inference`,
+which SGLang offers for GPU attention kernels alone, is made to hold on a CPU: a request with a seed gives the
+same tokens whatever else is in the batch.
+
+SGLang spawns its workers with this file as their main module, so what stands at module level is in force in
+each of them.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "stubs"))
+
+# Matrix products of fewer rows go through other kernels (in fp32 below 4 rows, in bf16 at 1), which add up in
+# another order. With at least this many rows each row's result was the same bits at every batch size.
+MIN_ROWS = 8
+
+
+class _Absent(type):
+    """A name of a package that is not there: it can be imported and handed on, not used."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("torchvision is not installed: this server takes text only")
+
+
+def stand_in_for_torchvision() -> None:
+    """SGLang imports torchvision for image models whatever the model; wheels for a GPU fail beside a CPU torch."""
+    sys.modules["torchvision"] = None  # type: ignore[assignment]  # absent, while transformers looks
+    from transformers.utils import import_utils
+
+    import_utils.is_torchvision_available()  # remembers its answer
+    absent = _Absent("absent", (), {})
+    names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
+    for name in names:
+        module = types.ModuleType(name)
+        module.__getattr__ = lambda attribute: getattr(absent, attribute)  # type: ignore[method-assign]
+        sys.modules[name] = module
+    for name in names[1:]:
+        parent, _, child = name.rpartition(".")
+        setattr(sys.modules[parent], child, sys.modules[name])
+
+
+def _padded(rows: Any) -> Any:
+    """`rows` [n, d] with zero rows below up to MIN_ROWS."""
+    import torch
+
+    return torch.nn.functional.pad(rows, (0, 0, 0, MIN_ROWS - rows.shape[0]))
+
+
+def enable_batch_invariance(*_args: Any, **_kwargs: Any) -> None:
+    """Stands for SGLang's function of this purpose, whose kernels need a GPU: see MIN_ROWS."""
+    from sglang.srt.layers.logits_processor import LogitsProcessor
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    linear, lm_head = UnquantizedLinearMethod.apply, LogitsProcessor._compute_lm_head
+
+    def apply(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
+        if x.dim() == 2 and 0 < x.shape[0] < MIN_ROWS:
+            return linear(self, layer, _padded(x), bias)[: x.shape[0]]
+        return linear(self, layer, x, bias)
+
+    def compute_lm_head(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        if hidden_states.dim() == 2 and 0 < hidden_states.shape[0] < MIN_ROWS:
+            kwargs.pop("out", None)
+            return lm_head(self, _padded(hidden_states), *args, **kwargs)[: hidden_states.shape[0]]
+        return lm_head(self, hidden_states, *args, **kwargs)
+
+    UnquantizedLinearMethod.apply = apply
+    LogitsProcessor._compute_lm_head = compute_lm_head
+    make_sampling_batch_invariant()
+
+
+def make_sampling_batch_invariant() -> None:
+    """SGLang's sampler indexes a row's random numbers by token in a batch without any cut (top_k, top_p, min_p; greedy
+    is top_k 1) and by rank in a batch with one, so a row's tokens depend on its neighbours' settings; and min_p
+    beside a seed ends the server. Here they always go by token. The cut sets stay SGLang's (top_k and top_p both
+    cut the original probabilities), and so does a batch without seeds."""
+    import torch
+    from sglang.srt.layers import sampler
+
+    unseeded = sampler.top_k_top_p_min_p_sampling_from_probs_torch
+
+    def sample(probs: Any, top_ks: Any, top_ps: Any, min_ps: Any, need_min_p: bool, seed: Any, positions: Any,
+               *, return_filtered_probs: bool = False, max_top_k: int | None = None) -> Any:
+        if seed is None:
+            return unseeded(probs, top_ks, top_ps, min_ps, need_min_p, seed, positions,
+                            return_filtered_probs=return_filtered_probs, max_top_k=max_top_k)
+        kept, ids = probs.sort(dim=-1, descending=True)
+        mass_before = kept.cumsum(dim=-1) - kept
+        rank = torch.arange(kept.shape[-1], device=kept.device)
+        cut = (rank >= top_ks.view(-1, 1)) | (mass_before > top_ps.view(-1, 1))
+        if need_min_p:
+            cut |= kept < (kept[:, 0] * min_ps).view(-1, 1)
+        kept = kept.masked_fill(cut, 0.0)
+        by_token = torch.zeros_like(kept).scatter_(1, ids, kept)
+        tokens = sampler.sampling_from_probs_torch(by_token, sampling_seed=seed, positions=positions)
+        if not return_filtered_probs:
+            return tokens
+        return tokens, kept, ids.to(torch.int32), by_token.gather(1, tokens.long().view(-1, 1)).view(-1)
+
+    sampler.top_k_top_p_min_p_sampling_from_probs_torch = sample
+
+
+def allow_determinism_on_cpu() -> None:
+    """Torch's own attention runs one request at a time, with a cached prefix or without: nothing in it depends
+    on the batch. SGLang's lists of backends know GPU kernels only."""
+    import sglang.srt.batch_invariant_ops as batch_invariant_ops
+    from sglang.srt.arg_groups import choices
+
+    choices.add_deterministic_attention_backend_choices(["torch_native"])
+    choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
+    batch_invariant_ops.enable_batch_invariant_mode = enable_batch_invariance
+
+
+stand_in_for_torchvision()
+allow_determinism_on_cpu()
+
+if __name__ == "__main__":
+    sys.argv[0] = "sglang.launch_server"
+    runpy.run_module("sglang.launch_server", run_name="__main__")

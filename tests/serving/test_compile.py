@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.core.config import Generation
+from tasks.core.heuristics import Heuristic, Processor, expand
+from tasks.serving.compile import compile_heuristic
+from tasks.serving.logit_processor import decode_steps
+
+T, K, P, M = (Processor("temperature", 0.7), Processor("top_k", 20), Processor("top_p", 0.9), Processor("min_p", 0.1))
+
+
+def of(*processors: Processor) -> Heuristic:
+    return Heuristic("h", processors)
+
+
+@pytest.mark.parametrize(("processors", "native"), [
+    ((), (1.0, -1, 1.0, 0.0)), ((T,), (0.7, -1, 1.0, 0.0)), ((T, K), (0.7, 20, 1.0, 0.0)), ((K, T), (0.7, 20, 1.0, 0.0)),
+    ((T, P), (0.7, -1, 0.9, 0.0)), ((T, M), (0.7, -1, 1.0, 0.1)), ((P,), (1.0, -1, 0.9, 0.0)),
+])
+def test_one_cut_after_the_temperature_is_native_where_seeds_are_ignored(processors, native):
+    made = compile_heuristic(of(*processors), honours_seeds=False)
+    assert made.custom_params is None
+    assert (made.temperature, made.top_k, made.top_p, made.min_p) == native
+
+
+@pytest.mark.parametrize("processors", [
+    (T, K, P), (P, T), (M, T), (T, T), (T, Processor("top_p", 0.9, 2)), (T, Processor("eta", 1e-3)),
+    (T, Processor("epsilon", 1e-3)), (Processor("typical", 0.9),), (P, Processor("top_p", 0.5)),
+])
+def test_what_the_engine_would_change_goes_to_the_processor_in_order(processors):
+    made = compile_heuristic(of(*processors), honours_seeds=False)
+    assert made.custom_params is not None
+    assert decode_steps(made.custom_params) == of(*processors).steps
+    # nothing native may act beside it
+    assert (made.temperature, made.top_k, made.top_p, made.min_p) == (1.0, -1, 1.0, 0.0)
+
+
+processors = st.lists(st.sampled_from(
+    [T, K, P, M, Processor("eta", 1e-3), Processor("typical", 0.9), Processor("epsilon", 1e-3)]), max_size=4)
+
+
+@given(processors, st.booleans())
+def test_no_request_kills_a_server_or_depends_on_its_batch(chain, honours_seeds):
+    made = compile_heuristic(of(*chain), honours_seeds)
+    params = made.sampling_params(Generation(max_new_tokens=5), 42)
+    cuts = (params["top_k"], params["top_p"], params["min_p"]) != (-1, 1.0, 0.0)
+    if honours_seeds:
+        assert not cuts
+    if cuts:
+        assert "custom_params" not in params
+    assert ("custom_params" in params) == (made.processor is not None)
+
+
+@given(processors, st.booleans())
+def test_every_sampling_field_is_explicit(chain, honours_seeds):
+    params = compile_heuristic(of(*chain), honours_seeds).sampling_params(
+        Generation(max_new_tokens=9, min_new_tokens=2, stop=["END"]), 7)
+    assert set(params) - {"custom_params"} == {
+        "temperature", "top_k", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
+        "max_new_tokens", "min_new_tokens", "stop", "stop_token_ids", "ignore_eos", "n", "skip_special_tokens",
+        "spaces_between_special_tokens", "no_stop_trim", "sampling_seed"}
+    assert (params["max_new_tokens"], params["min_new_tokens"], params["stop"], params["sampling_seed"]) == (
+        9, 2, ["END"], 7)
+
+
+def test_the_whole_grid_compiles_both_ways():
+    for family in ("llama", "qwen"):
+        for heuristic in expand(family, []):
+            for honours in (True, False):
+                made = compile_heuristic(heuristic, honours)
+                if made.custom_params is not None:
+                    assert decode_steps(made.custom_params) == heuristic.steps
