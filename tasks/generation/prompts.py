@@ -68,7 +68,8 @@ def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any] | Malformed]
             yield from _read_jsonl(path)
         elif path.endswith(".parquet"):
             with fsspec.open(path, "rb") as file:
-                rows = (r for batch in pq.ParquetFile(file).iter_batches(1024) for r in batch.to_pylist())
+                parquet = pq.ParquetFile(file, pre_buffer=False)  # see Store.read
+                rows = (r for batch in parquet.iter_batches(1024, use_threads=False) for r in batch.to_pylist())
                 yield from ((f"{path}: row {n}", row) for n, row in enumerate(rows))
         else:
             yield from _read_hub(source)
@@ -247,5 +248,4 @@ def write_prompts(store: Store, config: RunConfig, prompts: list[Prompt], copies
 
 def read_shard(store: Store, shard: int) -> pa.Table:
     """The prompts of one shard."""
-    with store.open(PATH) as file:
-        return pq.ParquetFile(file).read_row_group(shard)
+    return store.read(PATH, row_group=shard)

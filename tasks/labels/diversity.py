@@ -219,6 +219,9 @@ class Embedder:
 def _sentence_transformer(path: str, device: str, dtype: str) -> SentenceTransformer:
     try:
         from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # the run has its own
     except (ImportError, RuntimeError) as error:
         raise WinnowError(
             f"sentence-transformers is installed but does not import ({error}); the usual cause is a "

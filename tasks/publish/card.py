@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +19,9 @@ PATH = "dataset/README.md"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"),
           (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))
 _FOLDED = 40
+# addresses and paths say nothing to a reader and much about a network
+_SERVER_FACTS = ("honours_seeds", "custom_processors", "version", "dtype", "quantization", "device", "tp_size",
+                 "sampling_backend", "attention_backend", "enable_deterministic_inference")
 
 
 def card(ctx: Context, data: dict[str, Any], splits: dict[str, int]) -> str:
@@ -32,7 +35,7 @@ def card(ctx: Context, data: dict[str, Any], splits: dict[str, int]) -> str:
         f"---\n{yaml.safe_dump(front_matter(ctx, splits), sort_keys=False, allow_unicode=True)}---",
         *_about(ctx, data, splits), *_counts(data), *_sources(ctx, data), *_sampling(ctx, data),
         *_labels(ctx, data, columns), *_made_with(ctx, data), *_column_table(columns), *_limits(data),
-        *_use(ctx, splits), *_rebuild(ctx, data),
+        *_use(splits), *_rebuild(ctx),
     ]
     return "\n".join(parts) + "\n"
 
@@ -58,16 +61,16 @@ def _about(ctx: Context, data: dict[str, Any], splits: dict[str, int]) -> list[s
     return [
         "", f"# {escape(ctx.config.run)}", "",
         f"{best} per {per} out of {count(data['requests']['rows'])} that "
-        f"{escape(data['model'])} gave to {count(data['prompts'])} prompts under {count(len(data['heuristics']))} sampling "
-        f"heuristics and {count(data['seeds'])} seed{'s' if data['seeds'] != 1 else ''}. Each row says which heuristic "
-        "won, with token ids, log-probabilities and labels, so that a sampler can learn from it.", "",
+        f"{escape(data['model'])} gave to {count(data['prompts'])} prompts under {count(len(data['heuristics']))} "
+        f"sampling heuristics and {count(data['seeds'])} seed{'s' if data['seeds'] != 1 else ''}. Each row says which "
+        "heuristic won, with token ids, log-probabilities and labels, so that a sampler can learn from it.", "",
         f"Rows: {rows}. The split is by prompt: no prompt is in both.", "",
     ]
 
 
 def _counts(data: dict[str, Any]) -> list[str]:
-    out = ["## From plan to dataset", "", *markdown_table(("stage", "rows"), [(k, count(n)) for k, n in funnel_steps(data)]),
-           ""]
+    steps = [(k, count(n)) for k, n in funnel_steps(data)]
+    out = ["## From plan to dataset", "", *markdown_table(("stage", "rows"), steps), ""]
     if data["funnel"]["checked"]:
         out += [f"Where verified, {count(data['funnel']['correct'])} of {count(data['funnel']['checked'])} answers are "
                 "correct.", ""]
@@ -84,8 +87,9 @@ def _sources(ctx: Context, data: dict[str, Any]) -> list[str]:
     rows = []
     for s in data["sources"]:
         path, revision = paths[s["name"]]
+        kept = count(s["figures"]["kept"]) if s["figures"] else "0"
         rows.append((s["name"], f"{path} at {revision}" if revision else path, s["license"] or "not stated",
-                     count(s["prompts"]), s["verifier"] or "none", count(s["figures"]["kept"]) if s["figures"] else "0"))
+                     count(s["prompts"]), s["verifier"] or "none", kept))
     head = ("source", "read from", "licence", "prompts", "verifier", "rows kept")
     return ["## Sources", "", *markdown_table(head, rows), ""]
 
@@ -112,20 +116,21 @@ def _sampling(ctx: Context, data: dict[str, Any]) -> list[str]:
 def _labels(ctx: Context, data: dict[str, Any], columns: pa.Schema) -> list[str]:
     out = ["## How it was labelled", ""]
     if judge := data["judge"]:
-        out += [f"- Quality: {escape(judge['model'])} compared pairs in Swiss rounds, each pair in both orders (template "
-                f"{escape(judge['template'])}; {count(judge['comparisons'])} comparisons, {count(judge['abstained'])} "
-                f"abstained, {pct(judge['flip_rate'], 1)} changed with the order). `rating` is the Bradley-Terry strength "
-                "within one prompt and seed."]
+        out += [f"- Quality: {escape(judge['model'])} compared pairs in Swiss rounds, each pair in both orders "
+                f"(template {escape(judge['template'])}; {count(judge['comparisons'])} comparisons, "
+                f"{count(judge['abstained'])} abstained, {pct(judge['flip_rate'], 1)} changed with the order). "
+                "`rating` is the Bradley-Terry strength within one prompt and seed."]
     if "diversity" in data["labels"]:
-        out.append("- Diversity: self-BLEU and embedding entropy of the answers of one prompt and heuristic across seeds.")
+        out.append("- Diversity: self-BLEU and embedding entropy of the answers to one prompt under one heuristic.")
     if "verifiers" in data["labels"]:
         names = sorted({s["verifier"] for s in data["sources"] if s["verifier"]})
         out.append(f"- Correctness: {escape(', '.join(names) or 'no source has a verifier')}.")
     if not data["labels"]:
         out.append("Not labelled.")
     weights = ", ".join(f"{k} {v:g}" for k, v in data["weights"].items())
-    out += ["", f"`score` is the weighted mean of the z-scores there are ({weights}); answers found wrong are "
-            f"{'left out' if data['incorrect'] == 'drop' else 'kept'}.", ""]
+    wrong = "" if "verifiers" not in data["labels"] else (
+        f"; answers found wrong are {'left out' if data['incorrect'] == 'drop' else 'kept'}")
+    out += ["", f"`score` is the weighted mean of the z-scores there are ({weights}){wrong}.", ""]
     signatures = [(f.name, f.metadata[b"signature"].decode()) for f in columns if b"signature" in (f.metadata or {})]
     return [*out, *markdown_table(("column", "signature"), signatures), ""] if signatures else out
 
@@ -143,11 +148,13 @@ def _made_with(ctx: Context, data: dict[str, Any]) -> list[str]:
     out = ["## Made with", ""]
     if created := ctx.raw.get("created"):
         out += [f"Begun {escape(created)}; config {escape(data['config_digest'])}.", ""]
-    if versions := ctx.raw.get("versions"):
+    versions = {k: v for k in ("python", "platform") if (v := ctx.raw.get(k))} | (ctx.raw.get("versions") or {})
+    if versions:
         out += [*markdown_table(("package", "version"), sorted(versions.items())), ""]
     for role, servers in (ctx.raw.get("servers") or {}).items():
         for n, facts in enumerate(servers or [], 1):
-            told = "; ".join(f"{k} {v}" for k, v in facts.items() if not isinstance(v, (dict, list)) and v is not None)
+            told = "; ".join(f"{k} {v}" for k, v in (facts | (facts.get("info") or {})).items()
+                             if k in _SERVER_FACTS and v is not None)
             out.append(f"- {escape(role)} {n}: {escape(told)}")
     return [*out, ""]
 
@@ -168,50 +175,52 @@ def _type(kind: pa.DataType) -> str:
 
 def _limits(data: dict[str, Any]) -> list[str]:
     seeds, judge = data["requests"]["seed_effective"], data["judge"]
-    out = ["Ratings compare answers within one (prompt, seed) only; across groups they are relative to other opponents.",
-           "`output_logprobs` are the server's: after temperature and custom processors, before native top_k, top_p and "
-           "min_p."]
+    out = ["Ratings compare answers within one (prompt, seed) only; elsewhere the opponents were others.",
+           "`output_logprobs` are the server's: after temperature and custom processors, before native top_k, top_p "
+           "and min_p."]
     if any(k != "true" for k in seeds):
         others = sum(n for k, n in seeds.items() if k != "true")
-        out.append(f"`seed_effective` is not true for {count(others)} of {count(sum(seeds.values()))} answers: their server "
-                   "did not honour the seed, so the same request may give another answer.")
+        out.append(f"`seed_effective` is not true for {count(others)} of {count(sum(seeds.values()))} answers: their "
+                   "server did not honour the seed, so the same request may give another answer.")
     else:
         out.append("`seed_effective` is true: the same server, version and hardware give the same answer to the same "
                    "request; others may not.")
     if judge:
         same = " It judged its own answers." if judge["model"] == data["model"] else ""
-        out.append(f"The judge is a model and errs: {pct(judge['flip_rate'])} of its verdicts changed with the order shown."
-                   f"{same}" + (f" It agreed with the verifier in {pct(judge['verifier']['agrees'])} of "
-                                f"{count(judge['verifier']['pairs'])} pairs with one right answer." if judge["verifier"]
-                                else ""))
+        told = judge["verifier"]
+        agreed = "" if not told else (f" It agreed with the verifier in {pct(told['agrees'])} of {count(told['pairs'])}"
+                                      " pairs with one right answer.")
+        out.append(f"The judge is a model and errs: {pct(judge['flip_rate'])} of its verdicts changed with the order "
+                   f"shown.{same}{agreed}")
     if data["drops"]:
-        out.append("Rows were selected by these labels, so what the judge and the verifiers favour is over-represented.")
-    out.append("The texts are a model's output: they may be wrong, and its licence applies beside those of the sources.")
+        out.append("Rows were selected by these labels, so what the labels favour is over-represented.")
+    out.append("The texts are a model's output: they may be wrong. Its licence applies beside those of the sources.")
     return ["## Known limits", "", *(f"- {line}" for line in out), ""]
 
 
-def _use(ctx: Context, splits: dict[str, int]) -> list[str]:
-    folder, split = ctx.store.display("dataset"), next(iter(splits), "train")
+def _use(splits: dict[str, int]) -> list[str]:
+    split = next(iter(splits), "train")
     return [
-        "## How to load it", "", "```python", "import datasets", f"rows = datasets.load_dataset({folder!r}, split={split!r})",
-        "", "import polars", f'rows = polars.read_parquet("{folder}/{split}.parquet")', "```", "", "```sql",
-        f"SELECT heuristic, count(*) FROM '{folder}/*.parquet' GROUP BY ALL ORDER BY 2 DESC;  -- duckdb", "```", ""]
+        "## How to load it", "", "```python", "import datasets",
+        f'rows = datasets.load_dataset("path/to/this/folder", split="{split}")',
+        "", "import polars", f'rows = polars.read_parquet("path/to/this/folder/{split}.parquet")', "```", "",
+        "```sql", "-- duckdb",
+        "SELECT heuristic, count(*) FROM 'path/to/this/folder/*.parquet' GROUP BY ALL ORDER BY 2 DESC;", "```", ""]
 
 
-def _rebuild(ctx: Context, data: dict[str, Any]) -> list[str]:
-    """The config without what another machine sets for itself."""
-    text = yaml.safe_dump(rebuild_config(ctx), sort_keys=False, allow_unicode=True)
-    fence = "`" * max(3, 1 + max((len(run) for run in _ticks(text)), default=0))
+def _rebuild(ctx: Context) -> list[str]:
+    text = yaml.safe_dump(rebuild_config(ctx), sort_keys=False, allow_unicode=True).rstrip("\n")
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    files = (" The heuristics of `heuristics.files` are in the table above." if ctx.config.heuristics.files else "")
     return ["## How to build it again", "",
-            "Save this as `config.yaml`, add your `servers`, and run `winnow run config.yaml`.", "",
-            f"{fence}yaml", text.rstrip("\n"), fence]
+            f"Save this as `config.yaml`, add your `servers`, and run `winnow run config.yaml`.{files}", "",
+            f"{fence}yaml", text, fence]
 
 
 def rebuild_config(ctx: Context) -> dict[str, Any]:
-    """The run's config as one would write it: no defaults, no servers, no folders of this machine."""
-    return ctx.config.model_dump(mode="json", exclude_defaults=True, exclude={"servers", "runs_dir"})
-
-
-def _ticks(text: str) -> Sequence[str]:
-    """The runs of backticks in a text."""
-    return ["`" * len(run) for run in "".join(c if c == "`" else " " for c in text).split()]
+    """The run's config as one would write it: no defaults, no addresses or folders of one machine."""
+    config = ctx.config
+    out = config.model_dump(mode="json", exclude_defaults=True, exclude={"servers", "runs_dir"})
+    if config.judge_model != config.model:  # perhaps named by a server only
+        out.setdefault("quality", {})["model"] = config.judge_model.model_dump(mode="json", exclude_none=True)
+    return out

@@ -19,14 +19,18 @@ _LINE = 18  # pixels that a name needs
 
 
 def plot_png(data: dict[str, Any]) -> bytes:
-    """Leaderboard and quality against diversity side by side, 1200 x 500 pixels.
+    """Leaderboard and quality against diversity side by side, 1200 x 500 pixels; the first alone where
+    diversity is not labelled.
 
     Built on a Figure of its own, without pyplot's global state, so that any thread may call it.
     """
     canvas = FigureCanvasAgg(Figure(figsize=(12, 5), dpi=100, facecolor="white", layout="constrained"))
-    left, right = canvas.figure.subplots(1, 2, width_ratios=(1.15, 1))
+    if diversity_of(data) and data["ranked_by"] in ("rating", "pass_rate"):
+        left, right = canvas.figure.subplots(1, 2, width_ratios=(1.15, 1))
+        _tradeoff(right, data)
+    else:
+        left = canvas.figure.subplots()
     _leaderboard(left, data)
-    _tradeoff(right, data)
     out = io.BytesIO()
     canvas.figure.savefig(out, format="png", metadata={"Software": None})  # no version in it: same data, same bytes
     return out.getvalue()
@@ -65,11 +69,11 @@ def _leaderboard(axes: Axes, data: Row) -> None:
         shown = [*rows[:_SHOWN - 4], *rows[-4:]]
         title = f"Best {_SHOWN - 4} and last 4 of {len(rows)} heuristics by {RANKED_BY[metric][0]}"
     for n, h in enumerate(shown):
-        mean, low, high = figure(h, metric)
+        _, low, high = figure(h, metric)
         colour = _BLUE if n < _SHOWN - 4 or len(rows) <= _SHOWN else _ORANGE
         if low is not None and high is not None:
             axes.plot([low, high], [n, n], color=colour, alpha=0.4, linewidth=4, solid_capstyle="round")
-        axes.plot([mean], [n], "o", color=colour, markersize=7)
+        axes.plot([h[metric]], [n], "o", color=colour, markersize=7)
     axes.set_yticks(range(len(shown)), [f"{h['place']}. {_plain(h['name'])}" for h in shown])
     for label in axes.get_yticklabels():
         label.set_parse_math(False)  # a $ in a name is no formula
@@ -86,12 +90,10 @@ def _leaderboard(axes: Axes, data: Row) -> None:
 
 
 def _tradeoff(axes: Axes, data: Row) -> None:
-    title = "Quality against diversity"
-    quality, diversity = data["ranked_by"], diversity_of(data)
-    shown = [h for h in data["heuristics"] if quality in ("rating", "pass_rate") and diversity
-             and h[quality] is not None and h[diversity] is not None]
-    if not shown or not diversity or not quality:
-        _nothing(axes, title, "diversity is not labelled" if data["ranked_by"] else "not labelled")
+    quality, diversity = data["ranked_by"], "embedding_entropy"
+    shown = [h for h in data["heuristics"] if h[quality] is not None and h[diversity] is not None]
+    if not shown:
+        _nothing(axes, "Quality against diversity", "no heuristic has both")
         return
     points = [(h[diversity], h[quality]) for h in shown]
     front = pareto(points)
@@ -101,7 +103,7 @@ def _tradeoff(axes: Axes, data: Row) -> None:
     axes.margins(0.1, 0.14)
     axes.set_xlabel("embedding entropy (nats), more diverse to the right", color=_SOFT, fontsize=9)
     axes.set_ylabel("mean rating (logits)" if quality == "rating" else "share right", color=_SOFT, fontsize=9)
-    _style(axes, title)
+    _style(axes, "Quality against diversity")
     _name_front(axes, [(shown[n]["name"], points[n]) for n in front])
 
 

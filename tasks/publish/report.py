@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from tasks.context import Context
-from tasks.core.identity import digest
 from tasks.publish.plots import plot_png
 from tasks.publish.report_data import gather
 from tasks.publish.report_html import render_html
 from tasks.publish.report_parts import RANKED_BY, count, escape, figure_text, headline, markdown_table, num, pct
 from tasks.publish.report_sections import funnel_steps
 
-__all__ = ["gather", "markdown", "plot_png", "render_html", "write_report"]
+__all__ = ["gather", "markdown", "plot_png", "render_html"]
 
-JSON, HTML = "report.json", "report.html"
 _TOP = 5
-
-
-def write_report(ctx: Context) -> dict[str, Any]:
-    """Gather, write `report.json` and `report.html`, and return the numbers."""
-    data = gather(ctx)
-    ctx.store.write_json(JSON, data)
-    ctx.store.write_bytes(HTML, render_html(data).encode(), digest("report", json.dumps(data, sort_keys=True)))
-    return data
 
 
 def markdown(data: dict[str, Any]) -> str:

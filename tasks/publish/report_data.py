@@ -52,7 +52,7 @@ class Gatherer:
         self.drops: collections.Counter[str] = collections.Counter()
         self.unverified: collections.Counter[str] = collections.Counter()
         self.labels: set[str] = set()
-        self.scored = False
+        self.scored, self.shards = False, 0
         self.rating_se: list[float] = [0.0, 0.0]
         self.best: dict[str, list[tuple[float, str, int, str]]] = {}
 
@@ -62,15 +62,18 @@ class Gatherer:
         for shard in range(ctx.shards):
             if ctx.store.exists(shard_file("verified", shard)):
                 self._add(shard)
+                self.shards += 1
         heuristics = self._heuristics()
         sums = self.tally.overall()
         prompts = ctx.store.manifest(PROMPTS)
         return {
-            "run": config.run, "created": ctx.raw.get("created"), "config_digest": digest(config.identity()),
+            "run": config.run, "created": ctx.raw.get("created"),
+            "config_digest": ctx.raw.get("config_digest") or digest(config.identity()),
             "model": config.model.path, "revision": config.model.revision,
             "judge_model": config.judge_model.path if "quality" in self.labels else None,
             "labels": sorted(self.labels), "prompts": prompts.rows if prompts else None,
-            "seeds": len(config.seeds), "shards": ctx.shards, "top_k": config.scoring.top_k,
+            "seeds": len(config.seeds), "shards": ctx.shards, "shards_verified": self.shards,
+            "top_k": config.scoring.top_k,
             "per": list(config.scoring.per), "weights": config.scoring.weights.model_dump(),
             "incorrect": config.scoring.incorrect, "max_new_tokens": config.generation.max_new_tokens,
             "ranked_by": _ranked_by(heuristics), "overall": self._figures(sums) if sums else None,
@@ -159,12 +162,13 @@ class Gatherer:
                 for s in self.ctx.config.sources]
 
     def _funnel(self) -> Row:
-        planned = [m.facts.get("planned") for m in self._manifests()]
-        f = self.funnel
+        f, prompts = self.funnel, self.ctx.store.manifest(PROMPTS)
+        cells = len(self.ctx.heuristics) * len(self.ctx.config.seeds)
         labelled = f["labelled"] if self.labels else None
         checked = f["checked"] if "verifiers" in self.labels else None
-        return {"planned": sum(p or 0 for p in planned) or f["rows"], "answered": f["answered"], "usable": f["usable"],
-                "labelled": labelled, "checked": checked, "correct": f["correct"] if checked is not None else None,
+        return {"planned": (prompts.rows or 0) * cells if prompts else f["rows"], "answered": f["answered"],
+                "usable": f["usable"], "labelled": labelled, "checked": checked,
+                "correct": f["correct"] if checked is not None else None,
                 "kept": f["kept"] if self.scored else None}
 
     def _failures(self) -> Row:
@@ -219,8 +223,8 @@ class Gatherer:
             defects.update(facts.get("defects") or {})
             cells += (facts.get("cells") or [])[:_NAMED - len(cells)]
         keys = ("planned", "usable", "repaired", "dropped_prompts", "attempts", "tokens")
-        return {k: int(counts[k]) for k in keys} | {
-            "policy": self.ctx.config.limits.incomplete_prompts, "defects": dict(sorted(defects.items())), "cells": cells}
+        return {"policy": self.ctx.config.limits.incomplete_prompts, **{k: int(counts[k]) for k in keys},
+                "defects": dict(sorted(defects.items())), "cells": cells}
 
     def _dataset(self) -> dict[str, int]:
         manifests = {s: self.ctx.store.manifest(f"dataset/{s}.parquet") for s in ("train", "validation")}

@@ -60,7 +60,8 @@ def figure(row: Row, metric: str) -> tuple[float | None, float | None, float | N
 def figure_text(row: Row, metric: str, label: str = "") -> str:
     """`+0.91 (+0.55 to +1.26)`, a pass rate in per cent; `label` stands before the interval."""
     mean, low, high = figure(row, metric)
-    digits, signed, scale, unit = (0, False, 100, "\u00a0%") if metric == "pass_rate" else (2, metric == "rating", 1, "")
+    share, signed = metric == "pass_rate", metric == "rating"
+    digits, scale, unit = (0, 100, "\u00a0%") if share else (2, 1, "")
     if mean is None:
         return DASH
     text = num(scale * mean, digits, signed) + unit
@@ -71,7 +72,7 @@ def figure_text(row: Row, metric: str, label: str = "") -> str:
 
 def escape(value: Any) -> str:
     """A text on one line that markdown and HTML show as it is."""
-    line = html.escape(" ".join(str(value).split()), quote=False)
+    line = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
     for mark in "\\|`*[":
         line = line.replace(mark, f"\\{mark}")
     return line
@@ -175,13 +176,17 @@ def tied(data: Row) -> list[Row]:
 def headline(data: Row) -> list[str]:
     """What the run found, in a few plain sentences (text, not HTML)."""
     metric, rows = data["ranked_by"], data["heuristics"]
+    partial = [] if data["shards_verified"] == data["shards"] else [
+        f"The run is not complete: {data['shards_verified']} of {data['shards']} shards are verified, and all that "
+        "follows is about those."]
     if not metric:
-        return ["Nothing is labelled yet: the report has counts, lengths and failures only."]
+        return [*partial, "Nothing is labelled yet: the report has counts, lengths and failures only."]
     best, others = rows[0], len(tied(data))
     rated = sum(h[metric] is not None for h in rows) - 1
-    out = [f"{best['name']} has the highest {RANKED_BY[metric][0]}, {figure_text(best, metric, '95 % interval: ')}."]
+    lead = figure_text(best, metric, "95 % interval: ")
+    out = [*partial, f"{best['name']} has the highest {RANKED_BY[metric][0]}, {lead}."]
     if rated > 0:
-        out[0] += (f" {others} of the other {rated} can't be told apart from it (their intervals reach its own)."
+        out[-1] += (f" {others} of the other {rated} can't be told apart from it (their intervals reach its own)."
                    if others else " Its interval lies above that of every other.")
     if metric == "rating" and diversity_of(data):
         out.append(_cost(best, rows))
@@ -192,8 +197,8 @@ def headline(data: Row) -> list[str]:
         out.append(f"Most often correct: {right['name']} with {figure_text(right, 'pass_rate')}{own}.")
     judge = data["judge"]
     if judge and (judge["flip_rate"] or 0) > 0.3:
-        out.append(f"Read ratings with care: in {pct(judge['flip_rate'])} of the pairs the judge's verdict changed with "
-                   "the order that the answers were shown in.")
+        out.append(f"Read ratings with care: in {pct(judge['flip_rate'])} of the pairs the judge's verdict changed "
+                   "with the order that the answers were shown in.")
     return out
 
 
@@ -207,4 +212,5 @@ def _cost(best: Row, rows: list[Row]) -> str:
     cost = "Its own diversity is not labelled" if own is None else (
         f"Its embedding entropy is {num(own)} nats, {pct(own / most['embedding_entropy'])} of the most diverse one's"
         if most["embedding_entropy"] > 0 else "All answers are alike")
-    return f"{cost}: {most['name']} has {num(most['embedding_entropy'])} nats at a rating of {num(most['rating'], 2, True)}."
+    return (f"{cost}: {most['name']} has {num(most['embedding_entropy'])} nats at a rating of "
+            f"{num(most['rating'], 2, True)}.")

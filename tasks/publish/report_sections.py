@@ -121,8 +121,8 @@ def grid(data: Row) -> str:
         _heat_cell(cells.get((cut, t)), metric, middle, reach) for t in heats) + "</tr>" for cut in cuts)
     note = (f"{RANKED_BY[metric][0].capitalize()} by temperature (across) and truncation (down): green is above "
             f"{'the average answer' if metric == 'rating' else 'the mean'}, orange below.")
-    return section("Temperature and truncation", f'<table class="heat"><thead><tr><th class="l"></th>{head}</tr></thead>'
-                   f"<tbody>{rows}</tbody></table>", note)
+    body = f'<table class="heat"><thead><tr><th class="l"></th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return section("Temperature and truncation", body, note)
 
 
 def _cut_order(cut: str) -> tuple[bool, str, int, float]:
@@ -156,7 +156,8 @@ def correctness(data: Row) -> str:
     def cells(h: Row) -> list[tuple[Any, str]]:
         return [(h["name"], _name(h)), (h["pass_rate"], pct(h["pass_rate"])),
                 (h["pass_rate"], interval_bar(h, "pass_rate", (0.0, 1.0))),
-                (h["correct"], f"{count(h['correct'])} of {count(h['checked'])}"), (h["rating"], num(h["rating"], 2, True))]
+                (h["correct"], f"{count(h['correct'])} of {count(h['checked'])}"),
+                (h["rating"], num(h["rating"], 2, True))]
 
     head = [("heuristic", "name l"), ("correct", ""), ("95 % interval", "bar"), ("answers", "wide"), ("rating", "wide")]
     top, bottom = _halves(rows)
@@ -168,8 +169,9 @@ def correctness(data: Row) -> str:
             f"{table(head, [cells(h) for h in rows], sortable=True)}</details>")
     silent = sum(data["unverified"].values())
     why = ", ".join(f"{esc(k)} {count(n)}" for k, n in data["unverified"].items())
-    note = (f"Of {count(data['funnel']['checked'])} answers that a verifier decided, {count(data['funnel']['correct'])} "
-            "are right. Wilson intervals, for as many independent answers as the prompts' spread shows."
+    f = data["funnel"]
+    note = (f"Of {count(f['checked'])} answers that a verifier decided, {count(f['correct'])} are right. "
+            "Wilson intervals, for as many independent answers as the prompts' spread shows."
             + (f" Without a verdict: {count(silent)} ({why})." if silent else ""))
     return section("Correctness", body, note)
 
@@ -180,7 +182,7 @@ def correctness(data: Row) -> str:
 def funnel_steps(data: Row) -> list[tuple[str, int]]:
     """The steps from the plan to the dataset that were reached."""
     f = data["funnel"]
-    steps = [("planned", f["planned"]), ("answered", f["answered"]), ("usable", f["usable"]), ("labelled", f["labelled"])]
+    steps = [(k, f[k]) for k in ("planned", "answered", "usable", "labelled")]
     if f["labelled"] is not None and f["checked"]:
         steps.append(("not found wrong", f["labelled"] - (f["checked"] - f["correct"])))
     return [(k, n) for k, n in [*steps, ("kept", f["kept"])] if n is not None]
@@ -198,7 +200,7 @@ def funnel(data: Row) -> str:
         best = "not the best" if data["top_k"] == 1 else f"not among the {data['top_k']} best"
         rule = {"below_top_k": f"{best} of their {per}", "incorrect": "found wrong by the verifier",
                 "unusable": "failed, or their prompt was left out", "unlabelled": "without any label"}
-        shown = {rule.get(k, k): n for k, n in data["drops"].items()}
+        shown = {rule.get(str(k), str(k)): n for k, n in data["drops"].items()}
         body += "<h3>Not kept</h3>" + counts_table("why", shown, sum(data["drops"].values()))
     if data["dataset"]:
         body += "<p>Dataset: " + ", ".join(f"{count(n)} rows in {esc(k)}" for k, n in data["dataset"].items()) + ".</p>"
@@ -211,13 +213,15 @@ def failures(data: Row) -> str:
     """Failed requests by kind and server, and what verification of the grid found."""
     f, v = data["failures"], data["verification"]
     if f["total"]:
-        body = f"<p>{count(f['total'])} of {count(data['requests']['rows'])} candidates failed ({pct(f['share'], 2)}).</p>"
+        whole = count(data["requests"]["rows"])
+        body = f"<p>{count(f['total'])} of {whole} candidates failed ({pct(f['share'], 2)}).</p>"
         rows = [[(k, esc(k)), (n, count(n)), (None, esc(f["examples"].get(k) or DASH))] for k, n in
                 sorted(f["by_kind"].items(), key=lambda kv: -kv[1])]
         body += table([("kind", "l"), ("count", ""), ("an example", "l")], rows)
         rows = [[(s["url"], esc(s["url"])), (s["rows"], count(s["rows"])), (s["failed"], count(s["failed"])),
                  (s["mean_latency_s"], num(s["mean_latency_s"]))] for s in data["servers"]]
-        body += "<h3>By server</h3>" + table([("server", "l"), ("rows", ""), ("failed", ""), ("mean seconds", "")], rows)
+        head = [("server", "l"), ("rows", ""), ("failed", ""), ("mean seconds", "")]
+        body += "<h3>By server</h3>" + table(head, rows)
     else:
         body = "<p>None: every request of the grid has an answer.</p>"
     found = ", ".join(f"{esc(k)} {count(n)}" for k, n in v["defects"].items()) or "none"
@@ -255,8 +259,9 @@ def judge(data: Row) -> str:
         ("mean error of one rating", f"{num(j['mean_rating_se'])} logits"),
     ]
     if agreed := j["verifier"]:
-        lines.append(("agrees with the verifier", f"{pct(agreed['agrees'])} ({pct(agreed['low'])} to {pct(agreed['high'])}) "
-                      f"of {count(agreed['pairs'])} pairs with one right and one wrong answer (50 % is a coin)"))
+        share = f"{pct(agreed['agrees'])} ({pct(agreed['low'])} to {pct(agreed['high'])})"
+        lines.append(("agrees with the verifier", f"{share} of {count(agreed['pairs'])} pairs with one right and "
+                      "one wrong answer (50 % is a coin)"))
     return section("The judge", "<dl>" + "".join(f"<dt>{esc(k)}</dt><dd>{v}</dd>" for k, v in lines) + "</dl>")
 
 
@@ -277,8 +282,8 @@ def sources(data: Row) -> str:
             places = [h | {"place": n} for n, h in enumerate(own[:_SHOWN], 1)]
             boards.append(f"<details><summary>{esc(s['name'])}: the best {len(places)}</summary>"
                           f"{ranking(places, metric, sortable=True)}</details>")
-    head = [("source", "l"), ("prompts", ""), ("usable", "wide"), ("correct", "wide"), ("entropy", "wide"), ("kept", ""),
-            ("best heuristic", "l")]
+    head = [("source", "l"), ("prompts", ""), ("usable", "wide"), ("correct", "wide"), ("entropy", "wide"),
+            ("kept", ""), ("best heuristic", "l")]
     return section("By source", table(head, rows) + "".join(boards))
 
 

@@ -35,16 +35,20 @@ th[aria-sort=ascending] button::after { content:"\\2191"; } th[aria-sort=descend
 td.bar { width:26%; min-width:110px; }
 .iv { position:relative; height:16px; background:var(--track); border-radius:3px; }
 .iv i { position:absolute; top:6px; height:4px; border-radius:2px; background:var(--accent); opacity:.5; }
-.iv b { position:absolute; top:3px; width:10px; height:10px; margin-left:-5px; border-radius:50%; background:var(--accent); }
+.iv b { position:absolute; top:3px; width:10px; height:10px; margin-left:-5px; border-radius:50%;
+  background:var(--accent); }
 .iv u { position:absolute; top:0; bottom:0; width:1px; background:var(--soft); opacity:.6; }
 .fun { display:grid; grid-template-columns:minmax(110px,190px) 1fr minmax(90px,auto); gap:6px 10px; align-items:center;
   font-variant-numeric:tabular-nums; margin-top:8px; }
-.fun div { background:var(--track); border-radius:4px; height:20px; } .fun i { display:block; height:100%; border-radius:4px;
+.fun div { background:var(--track); border-radius:4px; height:20px; }
+.fun i { display:block; height:100%; border-radius:4px;
   background:var(--accent); min-width:2px; } .fun span:nth-child(3n) { text-align:right; }
-svg { display:block; width:100%; max-width:720px; height:auto; } svg text { fill:var(--ink); font-size:13px; } svg .ax { fill:var(--soft); }
+svg { display:block; width:100%; max-width:720px; height:auto; }
+svg text { fill:var(--ink); font-size:13px; } svg .ax { fill:var(--soft); }
 svg .grid { stroke:var(--line); stroke-width:1; } svg .front { fill:none; stroke:var(--ink); stroke-width:1.3;
   stroke-dasharray:5 4; opacity:.7; } svg .err { opacity:.35; stroke-width:1.5; } svg .num { font-weight:700; }
-.legend { display:flex; flex-wrap:wrap; gap:4px 16px; margin:8px 0; font-size:13.5px; } .legend i { display:inline-block;
+.legend { display:flex; flex-wrap:wrap; gap:4px 16px; margin:8px 0; font-size:13.5px; }
+.legend i { display:inline-block;
   width:11px; height:11px; border-radius:50%; margin-right:6px; }
 .two { display:grid; grid-template-columns:minmax(0,3fr) minmax(0,2fr); gap:8px 24px; align-items:start; }
 .heat { table-layout:fixed; font-size:12px; } .heat td, .heat th { padding:2px 1px; text-align:center; border:1px solid
@@ -54,12 +58,15 @@ details { margin-top:10px; } summary { cursor:pointer; color:var(--accent); }
 .sample { border-top:1px solid var(--line); padding:12px 0; } .sample:first-of-type { border-top:0; }
 .text { white-space:pre-wrap; background:var(--track); border-radius:8px; padding:9px 12px; margin:6px 0; }
 .text.answer { border-left:3px solid var(--good); } .text.worst { border-left:3px solid var(--bad); }
-dl { display:grid; grid-template-columns:auto 1fr; gap:3px 16px; margin:8px 0; } dt { color:var(--soft); } dd { margin:0; }
+dl { display:grid; grid-template-columns:auto 1fr; gap:3px 16px; margin:8px 0; } dt { color:var(--soft); }
+dd { margin:0; }
 code { font:12.5px ui-monospace,monospace; }
 @media (max-width:760px) { main { padding:14px 10px 40px; } section { padding:14px 12px; } .two { display:block; }
   .wide { display:none; } h1 { font-size:22px; } .lead { font-size:15.5px; } th, td { padding:4px 4px; }
-  svg text { font-size:21px; } .fun { grid-template-columns:92px 1fr 84px; font-size:13.5px; } .heat th.l { width:92px; }
-  .heat td { font-size:0; height:17px; } .heat th { font-size:10px; } td.bar { min-width:70px; width:30%; } td.name { min-width:0; }
+  svg text { font-size:21px; } .fun { grid-template-columns:92px 1fr 84px; font-size:13.5px; }
+  .heat th.l { width:92px; }
+  .heat td { font-size:0; height:17px; } .heat th { font-size:10px; } td.bar { min-width:70px; width:30%; }
+  td.name { min-width:0; }
   td.name small { display:none; }
   table { font-size:13.5px; } dl { display:block; } dd { margin-bottom:8px; } }
 """

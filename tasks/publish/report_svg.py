@@ -44,8 +44,9 @@ class Axes:
         """Grid lines, tick labels and axis labels."""
         out = []
         for x in ticks(*self.x):
-            out.append(f'<line class="grid" x1="{self.px(x)}" x2="{self.px(x)}" y1="{_TOP}" y2="{_H - _BOTTOM}"/>'
-                       f'<text class="ax" x="{self.px(x)}" y="{_H - _BOTTOM + 20}" text-anchor="middle">{_tick(x)}</text>')
+            at = self.px(x)
+            out.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{_TOP}" y2="{_H - _BOTTOM}"/>'
+                       f'<text class="ax" x="{at}" y="{_H - _BOTTOM + 20}" text-anchor="middle">{_tick(x)}</text>')
         for y in ticks(*self.y):
             out.append(f'<line class="grid" x1="{_LEFT}" x2="{_W - _RIGHT}" y1="{self.py(y)}" y2="{self.py(y)}"/>'
                        f'<text class="ax" x="{_LEFT - 6}" y="{self.py(y) + 4}" text-anchor="end">{_tick(y)}</text>')
@@ -101,8 +102,9 @@ def tradeoff(data: Row) -> str:
     listed = "".join(f"<li>{esc(shown[n]['name'])} <small class='soft'>{esc(figure_text(shown[n], quality))}, entropy "
                      f"{num(points[n][0])}</small></li>" for n in front)
     where = ", ".join(s["name"] for s in data["sources"] if s["diversity"])
+    measured = "ratings on all sources" if quality == "rating" else "correctness where there is a verifier"
     note = (f"Up is better, right is more diverse. No heuristic beats those on the dashed line in both. "
-            f"Diversity is measured across seeds on: {esc(where)}; quality on all sources.")
+            f"Diversity is measured across seeds on: {esc(where)}; {measured}.")
     return section("Quality against diversity", '<div class="two"><div>'
                    + _svg(body, "Scatter of quality against diversity by heuristic")
                    + f'<div class="legend">{legend}</div></div><div><h3>The front, from most diverse to best</h3>'
@@ -145,9 +147,9 @@ def lengths(data: Row) -> str:
             if not (height := bins[reason][n]):
                 continue
             x0, x1, y0, y1 = axes.px(n * width), axes.px((n + 1) * width), axes.py(base), axes.py(base + height)
+            about = f"{n * width} to {(n + 1) * width - 1} tokens, {esc(reason)}: {count(height)}"
             body += (f'<rect x="{x0}" y="{y1}" width="{round(max(1.0, x1 - x0 - 1), 1)}" height="{round(y0 - y1, 1)}" '
-                     f'fill="var(--c{c % _COLOURS})"><title>{n * width} to {(n + 1) * width - 1} tokens, {esc(reason)}: '
-                     f"{count(height)}</title></rect>")
+                     f'fill="var(--c{c % _COLOURS})"><title>{about}</title></rect>')
             base += height
     reasons = data["requests"]["finish_reasons"]
     legend = "".join(f'<span><i style="background:var(--c{c % _COLOURS})"></i>{esc(r)}: {count(reasons.get(r))} '

@@ -231,8 +231,9 @@ class JudgeTally:
             "outside_n": pairs["outside"].count()})
         self.reasons.update(_kind(r) for r in pairs.filter(pl.col("outcome").is_null())["reason"])
         known = rewards.drop_nulls("reward")
-        both = judged.drop_nulls("outcome").join(known.rename({"candidate_id": "a", "reward": "reward_a"}), on="a").join(
-            known.rename({"candidate_id": "b", "reward": "reward_b"}), on="b")
+        both = judged.drop_nulls("outcome")
+        for player in ("a", "b"):
+            both = both.join(known.rename({"candidate_id": player, "reward": f"reward_{player}"}), on=player)
         told = both.filter(((pl.col("reward_a") >= 1) != (pl.col("reward_b") >= 1)) & (pl.col("outcome") != 0.5))
         agrees = ((told["reward_a"] >= 1) == (told["outcome"] > 0.5)).sum()
         self.sums.update(told=told.height, agrees=int(agrees))

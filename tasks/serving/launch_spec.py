@@ -52,6 +52,11 @@ class LaunchSpec:
         del asked["port"], asked["ready_timeout_s"]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def embeds(self) -> bool:
+        """A reward or embedding model, which does not generate."""
+        return any(_flag(name) == "is-embedding" and on is True for name, on in self.flags.items())
+
 
 def command(spec: LaunchSpec, port: int) -> list[str]:
     """The command line. A name in `spec.flags` takes the place of the same flag set here.

@@ -79,7 +79,7 @@ def start_all(specs: Sequence[LaunchSpec], state_dir: Path, *, leashed: bool, on
                     stop(started.pop(n))
                     if spec.port or attempt == _PORT_ATTEMPTS:
                         raise LaunchFailed(str(error)) from None
-                    started[n] = _spawn(spec, *_ports([spec]), state_dir, leashed, build)
+                    started[n] = _spawn(spec, _ports([spec])[0], state_dir, leashed, build)
     except BaseException:
         for record in started.values():
             stop(record)
@@ -93,8 +93,10 @@ def running(state_dir: Path) -> list[ServerRecord]:
 
 
 def find_reusable(spec: LaunchSpec, state_dir: Path) -> ServerRecord | None:
-    """A running server that was started for the same settings and answers."""
+    """A running server that was started for the same settings, answers, and outlives whoever started it."""
     for record in running(state_dir):
+        if record.leashed:
+            continue  # another run's: it ends with that run
         same_place = spec.port is None or record.url.endswith(f":{spec.port}")
         if record.spec_digest == spec.digest and same_place and _get(record.url + "/model_info", 5) is not None:
             return record
@@ -202,7 +204,7 @@ def _await(spec: LaunchSpec, record: ServerRecord, on_wait: OnWait | None) -> No
 
 def _warmed_up(spec: LaunchSpec, record: ServerRecord, timeout_s: float) -> bool:
     """One sampled token, as the requests to come want it: what SGLang compiles at first use is compiled here."""
-    if any(_flag(name) == "is-embedding" and on for name, on in spec.flags.items()):
+    if spec.embeds:
         return True
     body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 1.0, "sampling_seed": 0}}
     request = urllib.request.Request(record.url + "/generate", json.dumps(body).encode(),

@@ -13,6 +13,7 @@ Only the standard library and psutil: the file is run by path, in environments w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import select
@@ -106,10 +107,8 @@ def _tree(root: psutil.Process) -> list[psutil.Process]:
 
 
 def _signal(process: psutil.Process, number: int) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
 
 
 def _end_descendants(command: subprocess.Popen[bytes], grace_s: float) -> None:

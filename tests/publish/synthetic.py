@@ -12,7 +12,7 @@ import polars as pl
 from tasks.context import Context
 from tasks.core import schema
 from tasks.core.config import RunConfig
-from tasks.core.heuristics import Heuristic, Processor, family_grid
+from tasks.core.heuristics import Heuristic, Processor, expand
 from tasks.core.identity import candidate_id, prompt_id, request_seed
 from tasks.core.store import Store
 from tasks.publish.score import Moments, score_shard
@@ -21,14 +21,14 @@ from tasks.stage import shard_file
 Row = dict[str, Any]
 SCRIPT = "<script>alert(1)</script>"
 KINDS = ("timeout", "server_error", "empty")
-WORDS = ("river stone light morning answer because seven walks quietly a the of green number town song "
-         "window paper slow and then we").split()
+WORDS = ("river", "stone", "light", "morning", "answer", "because", "seven", "walks", "quietly", "a", "the", "of",
+         "green", "number", "town", "song", "window", "paper", "slow", "and", "then", "we")
 
 
 def some_heuristics(count: int) -> list[Heuristic]:
     """Heuristics of a family's grid; one has a name that wants to be HTML."""
-    grid = family_grid("llama")
-    chosen = [grid[n * 37 % len(grid)] for n in range(min(count - 1, len(grid)))]  # 37 has no factor in common with 396
+    grid = expand("llama", [])
+    chosen = [grid[n * 37 % len(grid)] for n in range(min(count - 1, len(grid)))]  # 37 has no factor in common with 384
     return [*chosen, Heuristic(f"{SCRIPT} | cut & $run$", (Processor("temperature", 0.9), Processor("top_p", 0.77)))]
 
 
@@ -54,7 +54,8 @@ def make_run(folder: Path, *, heuristics: int = 12, prompts: int = 12, seeds: in
         "heuristics": [{"name": h.name, "aliases": list(h.aliases),
                         "processors": [{"name": p.name, "params": p.params} for p in h.processors]} for h in chosen],
         "servers": {"generator": [{"url": "http://127.0.0.1:1", "max_in_flight": 8, "honours_seeds": True},
-                                  {"url": "http://127.0.0.1:2", "max_in_flight": 8, "honours_seeds": False}],
+                                  {"url": "http://127.0.0.1:2", "max_in_flight": 8, "honours_seeds": False,
+                                   "info": {"version": "0.5.23", "dtype": "float32", "model_path": "/home/me/tiny"}}],
                     "judge": [{"url": "http://127.0.0.1:3", "max_in_flight": 8, "honours_seeds": True}]},
         "versions": {"winnow": "0.1.0", "python": "3.11.9", "sglang": "0.5.23"},
     })

@@ -161,6 +161,7 @@ def test_a_missing_command_is_said_in_one_line(tmp_path: Path) -> None:
 
 
 def test_the_leash_imports_nothing_heavy() -> None:
-    code = "import sys; import tasks.serving.leash; print([m for m in ('torch', 'numpy', 'aiohttp') if m in sys.modules])"
+    code = ("import sys; import tasks.serving.leash;"
+            "print([m for m in ('torch', 'numpy', 'aiohttp') if m in sys.modules])")
     root = Path(leash.__file__).resolve().parents[2]
     assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "[]"

@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "stubs"))
 # Matrix products of fewer rows go through other kernels (in fp32 below 4 rows, in bf16 at 1), which add up in
 # another order. With at least this many rows each row's result was the same bits at every batch size.
 MIN_ROWS = 8
+# Positions of a prompt that attend in one go.
+BLOCK = 64
 
 
 class _Absent(type):
@@ -80,7 +82,56 @@ def enable_batch_invariance(*_args: Any, **_kwargs: Any) -> None:
 
     UnquantizedLinearMethod.apply = apply
     LogitsProcessor._compute_lm_head = compute_lm_head
+    make_attention_batch_invariant()
     make_sampling_batch_invariant()
+
+
+def make_attention_batch_invariant() -> None:
+    """Torch's attention cuts a prompt into blocks by its length, so what it puts into the cache for a prefix depends
+    on the prompt that was first to have it. Here the blocks lie at fixed positions (BLOCK rows, the keys padded to
+    the block's end). It is also less work: SGLang attends from every position, those in the cache too."""
+    import torch
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    general = TorchNativeAttnBackend._run_sdpa_forward_extend
+    # row r of a block at position s sees the keys up to s + r
+    triangle = torch.ones(BLOCK, BLOCK, dtype=torch.bool).tril()
+
+    def extend(self: Any, query: Any, output: Any, k_cache: Any, v_cache: Any, req_to_token: Any,
+               req_pool_indices: Any, seq_lens: Any, extend_prefix_lens: Any, extend_seq_lens: Any,
+               encoder_lens: Any = None, scaling: Any = None, enable_gqa: bool = False, causal: bool = False,
+               is_cross_attn: bool = False, sliding_window_size: int | None = None) -> Any:
+        if not causal or is_cross_attn or encoder_lens is not None or sliding_window_size is not None:
+            return general(self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens,
+                           extend_prefix_lens, extend_seq_lens, encoder_lens, scaling, enable_gqa, causal,
+                           is_cross_attn, sliding_window_size)
+        done = 0
+        for request, end, first in zip(req_pool_indices.tolist(), seq_lens.tolist(), extend_prefix_lens.tolist(),
+                                       strict=True):
+            slots = req_to_token[request, :end].long()
+            whole = -(-end // BLOCK) * BLOCK
+            keys, values = (_zero_padded(cache[slots], whole).to(query.dtype).transpose(0, 1)
+                            for cache in (k_cache, v_cache))
+            for start in range(first // BLOCK * BLOCK, end, BLOCK):
+                a, b = max(start, first), min(start + BLOCK, end)
+                rows = query.new_zeros(BLOCK, *query.shape[1:])
+                rows[a - start : b - start] = query[done + a - first : done + b - first]
+                mask = torch.nn.functional.pad(triangle, (start, 0), value=True)
+                out = torch.nn.functional.scaled_dot_product_attention(
+                    rows.transpose(0, 1).unsqueeze(0), keys[None, :, : start + BLOCK], values[None, :, : start + BLOCK],
+                    attn_mask=mask, scale=scaling, enable_gqa=enable_gqa)
+                output[done + a - first : done + b - first] = out[0].transpose(0, 1)[a - start : b - start]
+            done += end - first
+        return output
+
+    TorchNativeAttnBackend._run_sdpa_forward_extend = extend
+
+
+def _zero_padded(rows: Any, n: int) -> Any:
+    """`rows` [m, heads, d] with zeros below, up to n rows."""
+    import torch
+
+    return torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, n - rows.shape[0]))
 
 
 def make_sampling_batch_invariant() -> None:
@@ -98,7 +149,8 @@ def make_sampling_batch_invariant() -> None:
         if seed is None:
             return unseeded(probs, top_ks, top_ps, min_ps, need_min_p, seed, positions,
                             return_filtered_probs=return_filtered_probs, max_top_k=max_top_k)
-        kept, ids = probs.sort(dim=-1, descending=True)
+        # stable: of equally likely tokens the first stays, as in an all-greedy batch, which takes the argmax
+        kept, ids = probs.sort(dim=-1, descending=True, stable=True)
         mass_before = kept.cumsum(dim=-1) - kept
         rank = torch.arange(kept.shape[-1], device=kept.device)
         cut = (rank >= top_ks.view(-1, 1)) | (mass_before > top_ps.view(-1, 1))
@@ -115,8 +167,7 @@ def make_sampling_batch_invariant() -> None:
 
 
 def allow_determinism_on_cpu() -> None:
-    """Torch's own attention runs one request at a time, with a cached prefix or without: nothing in it depends
-    on the batch. SGLang's lists of backends know GPU kernels only."""
+    """SGLang lists GPU kernels only; torch's own attention takes one request at a time."""
     import sglang.srt.batch_invariant_ops as batch_invariant_ops
     from sglang.srt.arg_groups import choices
 
