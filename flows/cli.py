@@ -103,9 +103,9 @@ def _is_finished(resolved: Any, plan: Any) -> bool:
 
 def _show_result(url: str, data: Any) -> None:
     from rich.markdown import Markdown
-    from tasks.publish.report import markdown
 
     from tasks.core.store import Store
+    from tasks.publish.report import markdown
 
     terminal.out.print(Markdown(markdown(data)))
     store = Store(url)
@@ -198,7 +198,8 @@ def heuristics(
         shown.add_row(h.id[:12], escape(h.name), h.describe(), path, escape(", ".join(h.aliases)))
     terminal.out.print(shown)
     folded = f"; {given - len(found)} equal ones folded" if given > len(found) else ""
-    terminal.out.print(f"{len(found)} heuristics{folded}. Where a server honours seeds, every cut runs as custom processor.")
+    terminal.out.print(f"{len(found)} heuristics{folded}. Where a server honours seeds, every cut runs in the custom "
+                       "processor.")
 
 
 @app.command()
@@ -300,10 +301,10 @@ def _exit_code(command: Callable[[], Any]) -> int:
     except (KeyboardInterrupt, typer.Abort, InterruptedRun):
         terminal.console.print("interrupted; run the same command again to go on")
         return 130
+    except _USAGE_ERROR as error:
+        error.show()
+        return error.exit_code
     except Exception as error:
-        if isinstance(error, _USAGE_ERROR):
-            error.show()
-            return error.exit_code
         if _debug:
             terminal.console.print_exception()
         else:

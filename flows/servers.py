@@ -27,8 +27,8 @@ ROLES = ("generator", "judge")
 # What of /server_info goes into run.json: what can shape a token, and never a key or a password.
 _RECORDED = ("version", "model_path", "revision", "dtype", "quantization", "context_length", "max_total_num_tokens",
              "sampling_backend", "attention_backend", "enable_deterministic_inference", "random_seed",
-             "enable_custom_logit_processor", "preferred_sampling_params", "speculative_algorithm", "tp_size", "dp_size",
-             "device", "disable_radix_cache", "chunked_prefill_size", "kv_cache_dtype")
+             "enable_custom_logit_processor", "preferred_sampling_params", "speculative_algorithm", "tp_size",
+             "dp_size", "device", "disable_radix_cache", "chunked_prefill_size", "kv_cache_dtype")
 
 
 def state_dir(config: RunConfig) -> Path:

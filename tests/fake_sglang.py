@@ -17,7 +17,7 @@ from typing import Any
 
 from aiohttp import web
 
-WORDS = "the answer is 7 12 a lamp sings softly and rain falls on red kites while birds rest in shade".split()
+WORDS = ["the", "answer", "is", "7", "12", "a", "lamp", "sings", "softly", "and", "rain", "falls", "on", "red", "kites", "while", "birds", "rest", "in", "shade"]
 
 Fault = Callable[[int, dict[str, Any]], str | None]
 """(number of the request, payload) -> a fault's name or None: see `_FAULTS` and `_answer`."""

@@ -39,7 +39,7 @@ class Launch(Section):
     """GPUs to use, one server each (device: cuda)."""
     host: str = "127.0.0.1"
     """Address to listen on."""
-    port: int | None = Field(None, ge=1, le=65535)
+    port: int | None = Field(default=None, ge=1, le=65535)
     """First port; a free one where not given."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of weights and activations."""
@@ -50,32 +50,32 @@ class Launch(Section):
     server, so a public address needs allow_public as well."""
     allow_public: bool = False
     """Yes, listen on a public address although custom processors are on."""
-    context_length: int | None = Field(None, ge=16)
+    context_length: int | None = Field(default=None, ge=16)
     """Longest sequence in tokens; the model's own where not given."""
-    mem_fraction: float | None = Field(None, gt=0, lt=1)
+    mem_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Share of the device's memory for weights and cache (--mem-fraction-static)."""
-    max_total_tokens: int | None = Field(None, ge=256)
+    max_total_tokens: int | None = Field(default=None, ge=256)
     """Tokens in the cache; as much as fits where not given."""
     sampling_backend: Literal["pytorch", "flashinfer"] = "pytorch"
     """Which kernels sample; `pytorch` honours seeds and has one top_k/top_p dialect."""
-    threads: int = Field(2, ge=1)
+    threads: int = Field(default=2, ge=1)
     """OpenMP threads (device: cpu)."""
     python: str | None = None
     """Interpreter of the environment that has SGLang; looked up where not given."""
     flags: dict[str, str | int | float | bool] = {}
     """More SGLang flags, by their long names without dashes in front: {tp-size: 2}."""
-    ready_timeout_s: float = Field(600, gt=0)
+    ready_timeout_s: float = Field(default=600, gt=0)
     """Seconds until a server must answer."""
 
 
 class ServerConfig(Section):
     """One server: someone runs it (`url`) or we do (`launch`)."""
 
-    url: str | None = Field(None, pattern=r"^https?://[^\s/@]+(/.*)?$")
+    url: str | None = Field(default=None, pattern=r"^https?://[^\s/@]+(/.*)?$")
     """Address of a running SGLang server, such as http://10.0.0.1:30000."""
     launch: Launch | None = None
     """Start one (or one per GPU) with these settings, stop it at the end."""
-    max_in_flight: int = Field(32, ge=1, le=4096)
+    max_in_flight: int = Field(default=32, ge=1, le=4096)
     """Most requests in flight at this server."""
 
     @model_validator(mode="after")
@@ -120,7 +120,7 @@ class Source(Section):
     """Label diversity across seeds, where `labels` has diversity."""
     system_prompt: str | None = None
     """In place of generation.system_prompt for this source."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Only the first so many rows."""
     license: str | None = None
     """Licence of the prompts, for the dataset's card."""
@@ -157,9 +157,9 @@ class HeuristicsConfig(Section):
 class Generation(Section):
     """How candidates are written, whatever the heuristic."""
 
-    max_new_tokens: int = Field(250, ge=1)
+    max_new_tokens: int = Field(default=250, ge=1)
     """Longest answer in tokens."""
-    min_new_tokens: int = Field(0, ge=0)
+    min_new_tokens: int = Field(default=0, ge=0)
     """Shortest answer in tokens."""
     system_prompt: str | None = None
     """System message in front of every prompt that brings none."""
@@ -179,15 +179,15 @@ class Quality(Section):
 
     method: Literal["tournament"] = "tournament"
     """Swiss rounds of pairwise comparisons by an LLM judge, rated by Bradley-Terry."""
-    extra_rounds: int = Field(1, ge=0)
+    extra_rounds: int = Field(default=1, ge=0)
     """Rounds beyond ceil(log2(players))."""
     template: str = "few_shot"
     """Judge prompt: few_shot, gram, or a YAML file of your own."""
     model: ModelRef | None = None
     """The judge's model; what servers.judge launches, else the run's model, where not given."""
-    max_prompt_tokens: int = Field(2048, ge=64)
+    max_prompt_tokens: int = Field(default=2048, ge=64)
     """Longest judge prompt; longer texts lose their middle."""
-    prior_sd: float = Field(2.5, gt=0)
+    prior_sd: float = Field(default=2.5, gt=0)
     """Standard deviation of the Gaussian prior on ratings, in logits."""
 
 
@@ -198,27 +198,27 @@ class Diversity(Section):
     """sentence-transformers model; all-MiniLM-L6-v2 where not given."""
     device: str = "cpu"
     """Torch device of the embedding model."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Texts embedded at once."""
 
 
 class Verifiers(Section):
     """How correctness is checked."""
 
-    workers: int = Field(2, ge=1)
+    workers: int = Field(default=2, ge=1)
     """Worker processes per shard."""
-    time_limit_s: float = Field(10, gt=0)
+    time_limit_s: float = Field(default=10, gt=0)
     """Seconds until a check is killed; its verdict is then null."""
 
 
 class Weights(Section):
     """Weight of each z-score in the final score; 0 leaves one out."""
 
-    quality: float = Field(0.9, ge=0)
+    quality: float = Field(default=0.9, ge=0)
     """Weight of the Bradley-Terry rating."""
-    diversity: float = Field(0.1, ge=0)
+    diversity: float = Field(default=0.1, ge=0)
     """Weight of diversity (embedding entropy and 1 - self-BLEU)."""
-    correctness: float = Field(0.9, ge=0)
+    correctness: float = Field(default=0.9, ge=0)
     """Weight of the verifier's reward."""
 
 
@@ -227,7 +227,7 @@ class Scoring(Section):
 
     weights: Weights = Weights()
     """How much each label counts."""
-    top_k: int = Field(1, ge=1)
+    top_k: int = Field(default=1, ge=1)
     """Candidates kept per group."""
     per: list[Literal["prompt", "seed"]] = ["prompt", "seed"]
     """The group that top_k counts in: [prompt, seed] or [prompt]."""
@@ -245,7 +245,7 @@ class Scoring(Section):
 class DatasetConfig(Section):
     """The published dataset."""
 
-    validation: float = Field(0.1, ge=0, lt=1)
+    validation: float = Field(default=0.1, ge=0, lt=1)
     """Share of the prompts in the validation split (a prompt is never in both)."""
     license: str | None = None
     """Licence on the card; `other` where not given."""
@@ -254,15 +254,15 @@ class DatasetConfig(Section):
 class Limits(Section):
     """When a run is good enough, and how long it tries."""
 
-    max_failed: float = Field(0.01, ge=0, le=1)
+    max_failed: float = Field(default=0.01, ge=0, le=1)
     """Share of failed candidates above which the run ends with exit code 3."""
     incomplete_prompts: Literal["repair", "drop", "keep"] = "repair"
     """A prompt with failed cells: ask for those cells once more, leave the prompt out, or keep it."""
-    request_timeout_s: float = Field(300, gt=0)
+    request_timeout_s: float = Field(default=300, gt=0)
     """Seconds until a request counts as timed out."""
-    attempts: int = Field(4, ge=1)
+    attempts: int = Field(default=4, ge=1)
     """Times a request is tried before its row is a failure."""
-    wait_for_servers_s: float = Field(60, ge=0)
+    wait_for_servers_s: float = Field(default=60, ge=0)
     """Seconds to wait when no server answers, then exit code 4."""
 
 
@@ -271,9 +271,9 @@ class Engine(Section):
 
     task_runner: Literal["threads", "dask", "ray"] = "threads"
     """Prefect task runner; dask and ray need the extra of that name."""
-    max_workers: int = Field(4, ge=1, le=256)
+    max_workers: int = Field(default=4, ge=1, le=256)
     """Shards worked on at once."""
-    shard_prompts: int = Field(64, ge=1)
+    shard_prompts: int = Field(default=64, ge=1)
     """Prompts in a shard; part of the run's identity."""
 
 
@@ -284,7 +284,7 @@ class RunConfig(Section):
     """The run's name and folder."""
     runs_dir: str = "data/runs"
     """Where runs live: a folder or an fsspec URL."""
-    run_seed: int = Field(0, ge=0)
+    run_seed: int = Field(default=0, ge=0)
     """Everything random derives from it."""
     model: ModelRef
     """The model that candidates come from."""

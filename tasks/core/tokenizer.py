@@ -11,14 +11,18 @@ from tasks.core.errors import InputError
 from tasks.core.identity import digest
 
 
-@lru_cache(maxsize=4)
 def load_tokenizer(model: ModelRef, key: str = "model.path") -> Any:
-    """The tokenizer of `model`, with a chat template.
+    """The tokenizer of `model`, with a chat template; loaded once a process.
 
     Raises InputError, naming the config `key`, when there is no such model, tokenizer or template.
     """
-    path = Path(model.path)
-    looks_local = path.exists() or model.path.startswith(("/", ".", "~")) or model.path.count("/") != 1
+    return _load(model.path, model.revision, key)
+
+
+@lru_cache(maxsize=4)
+def _load(name: str, revision: str | None, key: str) -> Any:
+    path = Path(name)
+    looks_local = path.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1
     if looks_local and not path.is_dir():
         raise InputError(f"{key}: no model folder at {path} (looked in {Path.cwd()}); for the demo's model run "
                          "`make demo-model`, for a hub model write OWNER/NAME")
@@ -28,12 +32,12 @@ def load_tokenizer(model: ModelRef, key: str = "model.path") -> Any:
     from transformers import AutoTokenizer  # slow to import: only once the cheap checks have passed
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:  # hub, network and format errors of many libraries
-        raise InputError(f"{key}: cannot load the tokenizer of {model.path}"
-                         f"{f' at {model.revision}' if model.revision else ''}: {_first_line(error)}") from error
+        raise InputError(f"{key}: cannot load the tokenizer of {name}"
+                         f"{f' at {revision}' if revision else ''}: {_first_line(error)}") from error
     if not tokenizer.chat_template:
-        raise InputError(f"{key}: the tokenizer of {model.path} has no chat template; put a chat_template.jinja "
+        raise InputError(f"{key}: the tokenizer of {name} has no chat template; put a chat_template.jinja "
                          "beside it")
     return tokenizer
 

@@ -6,7 +6,7 @@ A labeller is a stage (`tasks.stage.Stage`) with a schema. No labeller imports a
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 
@@ -18,10 +18,10 @@ from tasks.stage import inputs_key, shard_file
 class Labeller:
     """Base of the labellers: files, keys and sizes; a labeller adds `settings` and `run`."""
 
-    name: ClassVar[str]
-    unit: ClassVar[str] = "candidates"
-    version: ClassVar[int] = 1
-    schema: ClassVar[pa.Schema]
+    name: str
+    unit: str = "candidates"
+    version: int = 1
+    schema: pa.Schema
 
     def settings(self, ctx: Context) -> Any:
         """The part of the config that decides the labels."""

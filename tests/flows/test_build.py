@@ -21,9 +21,11 @@ from tests.runs import make_config
 ROOT = Path(__file__).parents[2]
 
 
-def start(config: Path, home: Path, *more: str) -> subprocess.Popen[str]:
+def start(config: Path, home: Path, *more: str, api: str | None = None) -> subprocess.Popen[str]:
     environment = os.environ | {"PREFECT_HOME": str(home), "COLUMNS": "200", "NO_COLOR": "1"}
     environment.pop("PREFECT_API_URL", None)
+    if api:
+        environment["PREFECT_API_URL"] = api
     return subprocess.Popen([sys.executable, "-m", "flows.cli", "run", str(config), *more], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
 
@@ -39,6 +41,22 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("prefect")
 
 
+@pytest.fixture(scope="module")
+def api(home):
+    """A standing Prefect server."""
+    from flows.prefect_server import prefect_api
+
+    before = {k: os.environ.get(k) for k in ("PREFECT_HOME", "PREFECT_API_URL")}
+    os.environ["PREFECT_HOME"] = str(home)
+    os.environ.pop("PREFECT_API_URL", None)
+    try:
+        with prefect_api(home / "server.log", print) as url:
+            yield url
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+
+
 def dataset(folder: Path) -> list[dict]:
     ctx = Context(str(folder / "runs/test"))
     parts = [ctx.store.read(path).to_pylist() for path in ctx.store.glob("dataset/*.parquet")]
@@ -46,7 +64,7 @@ def dataset(folder: Path) -> list[dict]:
 
 
 @pytest.mark.timeout(180)
-def test_a_run_from_start_to_dataset_interrupted_and_resumed(tmp_path, tiny_model, home):
+def test_a_run_from_start_to_dataset_interrupted_and_resumed(tmp_path, tiny_model, home, api):
     with FakeSGLang(delay_s=0.05) as server:
         raw = make_config(tmp_path, tiny_model, [server.url])
         raw["servers"]["generator"][0]["max_in_flight"] = 2
@@ -62,13 +80,14 @@ def test_a_run_from_start_to_dataset_interrupted_and_resumed(tmp_path, tiny_mode
         assert code == 130, said
         assert "run the same command again" in said
         assert "Traceback" not in said
-        gone, alive = psutil.wait_procs(children, timeout=15)
+        _, alive = psutil.wait_procs(children, timeout=15)
         assert alive == []
 
         raw["servers"]["generator"][0]["max_in_flight"] = 8
         config.write_text(yaml.safe_dump(raw))
-        code, said = finish(start(config, home))
+        code, said = finish(start(config, home, api=api))
         assert code == 0, said
+        assert api.removesuffix("/api") in said
         assert "Traceback" not in said
         assert len(server.generations) <= 40 + 2
         rows = dataset(tmp_path)
@@ -91,11 +110,11 @@ def test_a_run_from_start_to_dataset_interrupted_and_resumed(tmp_path, tiny_mode
 
 
 @pytest.mark.timeout(120)
-def test_too_many_failures_end_with_exit_code_3(tmp_path, tiny_model, home):
+def test_too_many_failures_end_with_exit_code_3(tmp_path, tiny_model, home, api):
     with FakeSGLang(fault=lambda n, p: "400" if "rid" in p and int(p["rid"][:2], 16) < 90 else None) as server:
         config = tmp_path / "run.yaml"
         config.write_text(yaml.safe_dump(make_config(tmp_path, tiny_model, [server.url], labels=["verifiers"])))
-        code, said = finish(start(config, home))
+        code, said = finish(start(config, home, api=api))
         assert code == 3, said
         assert "limits.max_failed" in said
         assert "rejected" in said

@@ -160,9 +160,11 @@ def test_a_worker_that_cannot_start_is_an_error_not_a_verdict() -> None:
 
 
 def test_closing_ends_the_workers_and_refuses_further_runs() -> None:
+    before = set(psutil.Process().children())
     pool = VerifierPool(2, 5.0)
     pool.run([EASY] * 4)
-    workers = psutil.Process().children()
+    workers = set(psutil.Process().children()) - before
+    assert workers
     pool.close()
     pool.close()
     assert not {child.pid for child in workers} & {child.pid for child in psutil.Process().children()}
