@@ -89,7 +89,7 @@ def _addresses(config: RunConfig, role: str, started: list[launcher.ServerRecord
     folder = state_dir(config)
     missing = []
     for spec, limit in specs(config, role):
-        known = launcher.find_reusable(spec, folder)
+        known = launcher.find_reusable(spec, folder, taken=[url for url, _ in out])
         if known:
             notice(f"using the {role} server that runs at {known.url}")
             out.append((known.url, limit))
@@ -159,7 +159,7 @@ def up(config: RunConfig, notice: Notice) -> list[launcher.ServerRecord]:
     folder, out = state_dir(config), []
     for role in ROLES:
         for spec, _ in specs(config, role):
-            if known := launcher.find_reusable(spec, folder):
+            if known := launcher.find_reusable(spec, folder, taken=[r.url for r in out]):
                 notice(f"{role} server runs already at {known.url}")
                 out.append(known)
                 continue
@@ -181,14 +181,14 @@ def probe(config: RunConfig) -> list[tuple[str, str, ServerFacts | WinnowError]]
     """(role, url, facts or why there are none) of every server that should run."""
     import asyncio
 
-    known = {(r.role, r.spec_digest): r.url for r in launcher.running(state_dir(config))}
+    known = launcher.running(state_dir(config))
     out = []
     for role in ROLES:
         urls = [s.url.rstrip("/") for s in getattr(config.servers, role) if s.url]
         for spec, _ in specs(config, role):
-            found = known.get((role, spec.digest))
+            found = [r.url for r in known if (r.role, r.spec_digest) == (role, spec.digest) and r.url not in urls]
             if found:
-                urls.append(found)
+                urls.append(found[0])
             else:
                 out.append((role, "-", UnreachableError("to be launched by the run; not running now")))
         for url in urls:

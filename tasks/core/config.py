@@ -58,8 +58,8 @@ class Launch(Section):
     """Tokens in the cache; as much as fits where not given."""
     sampling_backend: Literal["pytorch", "flashinfer"] = "pytorch"
     """Which kernels sample; `pytorch` honours seeds and has one top_k/top_p dialect."""
-    threads: int = Field(default=2, ge=1)
-    """OpenMP threads (device: cpu)."""
+    threads: int = Field(default=1, ge=1)
+    """OpenMP threads (device: cpu); on a machine with other work, one is faster than two."""
     python: str | None = None
     """Interpreter of the environment that has SGLang; looked up where not given."""
     flags: dict[str, str | int | float | bool] = {}

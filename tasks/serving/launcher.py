@@ -16,7 +16,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,9 +92,12 @@ def running(state_dir: Path) -> list[ServerRecord]:
     return [r for r in map(_read, sorted(state_dir.glob("*.json"))) if r is not None and _process(r) is not None]
 
 
-def find_reusable(spec: LaunchSpec, state_dir: Path) -> ServerRecord | None:
-    """A running server that was started for the same settings, answers, and outlives whoever started it."""
+def find_reusable(spec: LaunchSpec, state_dir: Path, taken: Collection[str] = ()) -> ServerRecord | None:
+    """A running server that was started for the same settings, answers, outlives whoever started it, and is none of
+    the URLs `taken` (two equal specs ask for two servers)."""
     for record in running(state_dir):
+        if record.url in taken:
+            continue
         if record.leashed:
             continue  # another run's: it ends with that run
         same_place = spec.port is None or record.url.endswith(f":{spec.port}")

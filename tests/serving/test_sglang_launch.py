@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import math
 import os
 import random
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
+from tasks.core.config import Generation
+from tasks.core.heuristics import Heuristic, Processor
 from tasks.serving import launcher
+from tasks.serving.compile import compile_heuristic
 from tasks.serving.launcher import LaunchSpec, ServerRecord
 from tasks.serving.sglang_cpu import ensure_demo_model
 
@@ -49,15 +54,20 @@ def post(server: ServerRecord, path: str, body: dict[str, Any]) -> Any:
     return json.loads(text) if text.startswith(b"{") else text
 
 
-def request(i: int, **params: Any) -> dict[str, Any]:
-    """A request of its own, one of several kinds: plain, cut in four ways, greedy."""
+CUTS = [("temperature", 0.8), ("top_k", 20), ("top_p", 0.8), ("min_p", 0.1), ("typical", 0.9), ("epsilon", 1e-3),
+        ("eta", 1e-3)]
+
+
+def request(i: int, *chain: tuple[str, float], seed: int | None = None, max_new_tokens: int = 12) -> dict[str, Any]:
+    """A request as the pipeline compiles it: a prompt of its own, by default one of the seven processors."""
     rng = random.Random(i)
-    kinds: list[dict[str, Any]] = [{}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 30, "top_p": 0.9},
-                                   {"temperature": 0.0}]
     ids = [1, *range(200, 230), *(rng.randrange(100, 40000) for _ in range(rng.randrange(1, 90)))]
-    return {"input_ids": ids, "return_logprob": True,
-            "sampling_params": {"temperature": 1.0, "max_new_tokens": 12, "ignore_eos": True,
-                                "sampling_seed": rng.getrandbits(31)} | kinds[i % len(kinds)] | params}
+    drawn = rng.getrandbits(61)
+    heuristic = Heuristic("h", tuple(Processor(n, v) for n, v in chain or (CUTS[i % len(CUTS)],)))
+    compiled = compile_heuristic(heuristic, honours_seeds=True)
+    params = compiled.sampling_params(Generation(max_new_tokens=max_new_tokens), drawn if seed is None else seed)
+    return {"input_ids": ids, "return_logprob": True, "sampling_params": params | {"ignore_eos": True},
+            **({"custom_logit_processor": compiled.processor} if compiled.processor else {})}
 
 
 def answer(server: ServerRecord, body: dict[str, Any]) -> list[tuple[int, float]]:
@@ -95,7 +105,7 @@ def test_the_same_request_gives_the_same_bits_alone_and_in_any_company(server: S
 
 
 def test_another_seed_gives_another_text(server: ServerRecord) -> None:
-    assert answer(server, request(0)) != answer(server, request(0, sampling_seed=1))
+    assert answer(server, request(0)) != answer(server, request(0, seed=1))
 
 
 def test_prefixes_are_cached_under_deterministic_inference(server: ServerRecord) -> None:
@@ -104,11 +114,28 @@ def test_prefixes_are_cached_under_deterministic_inference(server: ServerRecord)
     assert post(server, "/generate", body)["meta_info"]["cached_tokens"] >= 30
 
 
-def test_cuts_hold(server: ServerRecord) -> None:
-    """With top_k 1 sampling is greedy; with min_p near 1 too, and a seed beside min_p does not end the server."""
-    greedy = [token for token, _ in answer(server, request(5, max_new_tokens=4))]
-    for cut in ({"top_k": 1}, {"min_p": 0.9999}, {"top_p": 1e-6}):
-        assert [token for token, _ in answer(server, request(5, temperature=1.0, max_new_tokens=4, **cut))] == greedy
+def test_each_cut_alone_and_in_order_is_obeyed(server: ServerRecord) -> None:
+    """Cuts so tight that one token is left give the likeliest token; after heat, the order decides."""
+    greedy = [token for token, _ in answer(server, request(5, ("top_k", 1), max_new_tokens=4))]
+    for chain in ([("top_p", 1e-6)], [("min_p", 1.0)], [("epsilon", 0.999)], [("top_k", 1), ("temperature", 50.0)],
+                  [("temperature", 1e-3)], [("top_k", 40), ("top_p", 1e-6)]):
+        got = answer(server, request(5, *chain, max_new_tokens=4))
+        assert [token for token, _ in got] == greedy, chain
+    hot = answer(server, request(5, ("temperature", 50.0), ("min_p", 0.999999), max_new_tokens=4))
+    assert [token for token, _ in hot] == greedy
+    wide = answer(server, request(5, ("temperature", 50.0), ("top_k", 40), max_new_tokens=4))
+    assert [token for token, _ in wide] != greedy  # forty tokens, all about equally likely
+    assert all(abs(logprob + math.log(40)) < 1 for _, logprob in wide)
+
+
+def test_a_bad_processor_parameter_is_refused_and_the_server_lives(server: ServerRecord) -> None:
+    body = request(5, ("top_p", 0.9))
+    body["sampling_params"]["custom_params"] = {"winnow": ["top_q", 0.9, 1]}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        post(server, "/generate", body)
+    assert refused.value.code == 400
+    assert b"top_q" in refused.value.read()
+    assert answer(server, request(5))
 
 
 def test_the_server_says_that_it_honours_seeds_and_processors(server: ServerRecord) -> None:

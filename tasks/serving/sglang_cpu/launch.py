@@ -3,7 +3,8 @@
 Runs in the serving environment, by file path. Stand-ins take the place of what only a GPU build has (the
 sgl_kernel package; torchvision, which SGLang imports for every model), and `--enable-deterministic-inference`,
 which SGLang offers for GPU attention kernels alone, is made to hold on a CPU: a request with a seed gives the
-same tokens whatever else is in the batch.
+same logits, to the bit, whatever else is in the batch. The sampler is SGLang's own, with its habits: see
+tasks/serving/compile.py for what that means to a request.
 
 SGLang spawns its workers with this file as their main module, so what stands at module level is in force in
 each of them.
@@ -83,7 +84,6 @@ def enable_batch_invariance(*_args: Any, **_kwargs: Any) -> None:
     UnquantizedLinearMethod.apply = apply
     LogitsProcessor._compute_lm_head = compute_lm_head
     make_attention_batch_invariant()
-    make_sampling_batch_invariant()
 
 
 def make_attention_batch_invariant() -> None:
@@ -132,38 +132,6 @@ def _zero_padded(rows: Any, n: int) -> Any:
     import torch
 
     return torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, n - rows.shape[0]))
-
-
-def make_sampling_batch_invariant() -> None:
-    """SGLang's sampler indexes a row's random numbers by token in a batch without any cut (top_k, top_p, min_p; greedy
-    is top_k 1) and by rank in a batch with one, so a row's tokens depend on its neighbours' settings; and min_p
-    beside a seed ends the server. Here they always go by token. The cut sets stay SGLang's (top_k and top_p both
-    cut the original probabilities), and so does a batch without seeds."""
-    import torch
-    from sglang.srt.layers import sampler
-
-    unseeded = sampler.top_k_top_p_min_p_sampling_from_probs_torch
-
-    def sample(probs: Any, top_ks: Any, top_ps: Any, min_ps: Any, need_min_p: bool, seed: Any, positions: Any,
-               *, return_filtered_probs: bool = False, max_top_k: int | None = None) -> Any:
-        if seed is None:
-            return unseeded(probs, top_ks, top_ps, min_ps, need_min_p, seed, positions,
-                            return_filtered_probs=return_filtered_probs, max_top_k=max_top_k)
-        # stable: of equally likely tokens the first stays, as in an all-greedy batch, which takes the argmax
-        kept, ids = probs.sort(dim=-1, descending=True, stable=True)
-        mass_before = kept.cumsum(dim=-1) - kept
-        rank = torch.arange(kept.shape[-1], device=kept.device)
-        cut = (rank >= top_ks.view(-1, 1)) | (mass_before > top_ps.view(-1, 1))
-        if need_min_p:
-            cut |= kept < (kept[:, 0] * min_ps).view(-1, 1)
-        kept = kept.masked_fill(cut, 0.0)
-        by_token = torch.zeros_like(kept).scatter_(1, ids, kept)
-        tokens = sampler.sampling_from_probs_torch(by_token, sampling_seed=seed, positions=positions)
-        if not return_filtered_probs:
-            return tokens
-        return tokens, kept, ids.to(torch.int32), by_token.gather(1, tokens.long().view(-1, 1)).view(-1)
-
-    sampler.top_k_top_p_min_p_sampling_from_probs_torch = sample
 
 
 def allow_determinism_on_cpu() -> None:
