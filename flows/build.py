@@ -17,7 +17,7 @@ from flows.servers import running
 from flows.stages import run_stages
 from tasks.context import Context, context, reopen
 from tasks.core.config import RunConfig
-from tasks.core.errors import InputError, ThresholdError
+from tasks.core.errors import ThresholdError
 from tasks.core.resolve import Origins
 from tasks.core.store import Store
 from tasks.generation.candidates import Candidates
@@ -34,22 +34,18 @@ notice: Callable[[str], None] = log.info
 
 
 def task_runner(config: RunConfig) -> TaskRunner[Any]:
-    """The task runner that the config names. Raises InputError when its package is missing."""
+    """The task runner that the config names; `check` has made sure that its package is there."""
     engine = config.engine
     if engine.task_runner == "threads":
         return ThreadPoolTaskRunner(max_workers=engine.max_workers)
-    try:
-        if engine.task_runner == "dask":
-            from prefect_dask import DaskTaskRunner  # type: ignore[import-not-found]
+    if engine.task_runner == "dask":
+        from prefect_dask import DaskTaskRunner  # type: ignore[import-not-found]
 
-            return DaskTaskRunner(cluster_kwargs={"n_workers": engine.max_workers, "threads_per_worker": 1,
-                                                  "host": "127.0.0.1", "dashboard_address": None})
-        from prefect_ray import RayTaskRunner  # type: ignore[import-not-found]
+        return DaskTaskRunner(cluster_kwargs={"n_workers": engine.max_workers, "threads_per_worker": 1,
+                                              "host": "127.0.0.1", "dashboard_address": None})
+    from prefect_ray import RayTaskRunner  # type: ignore[import-not-found]
 
-        return RayTaskRunner(init_kwargs={"num_cpus": engine.max_workers, "include_dashboard": False})
-    except ImportError as error:
-        raise InputError(f"engine.task_runner: {engine.task_runner} needs its extra: pip install "
-                         f"'winnow[{engine.task_runner}]' ({error})") from error
+    return RayTaskRunner(init_kwargs={"num_cpus": engine.max_workers, "include_dashboard": False})
 
 
 @flow(name="winnow", flow_run_name="{config.run}", validate_parameters=True, persist_result=False)

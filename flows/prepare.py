@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import logging
 import platform
 from dataclasses import dataclass
@@ -59,6 +60,9 @@ class Plan:
 
 def check(config: RunConfig, origins: Origins) -> Plan:
     """Read and check everything a run needs but its servers. Raises InputError."""
+    runner = config.engine.task_runner
+    if runner != "threads" and importlib.util.find_spec(f"prefect_{runner}") is None:
+        raise InputError(f"engine.task_runner: {runner} needs its extra: pip install 'winnow[{runner}]'")
     heuristics = expand(config.heuristics.family, config.heuristics.files)
     tokenizer = load_tokenizer(config.model)
     prompts, copies, sources = read_prompts(config)

@@ -50,6 +50,9 @@ def run_stages(url: str, names: list[list[str]], window: int) -> None:
     runs has ended.
     """
     ctx = context(url)
+    for name in (name for chain in names for name in chain):
+        known = stage(name)
+        ctx.progress.begin(name, known.unit, sum(known.size(ctx, n) for n in range(ctx.shards)))
     wanted = ((chain, shard) for shard in range(ctx.shards) for chain in names)
     pending: dict[PrefectFuture[Any], tuple[list[str], int]] = {}
     artifact = _ProgressArtifact(url, [n for chain in names for n in chain])

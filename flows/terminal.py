@@ -48,7 +48,7 @@ def describe(stage: StageProgress) -> str:
         parts.append(f"{stage.rate:.1f} {stage.unit}/s")
     tokens = stage.counts.get("tokens", 0)
     if tokens:
-        parts.append(f"{tokens / max(1e-9, time.monotonic() - stage.started):.0f} tok/s")
+        parts.append(f"{tokens / stage.seconds:.0f} tok/s")
     if stage.done < stage.total and stage.seconds_left is not None:
         minutes, seconds = divmod(int(stage.seconds_left), 60)
         parts.append(f"{minutes}:{seconds:02d} left")

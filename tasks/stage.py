@@ -72,10 +72,8 @@ def is_done(stage: Stage, ctx: Context, shard: int, deep: bool = False) -> bool:
 
 def ensure(stage: Stage, ctx: Context, shard: int) -> str:
     """Make the shard's files unless they stand; `made` or `reused`."""
-    size = stage.size(ctx, shard)
-    ctx.progress.begin(stage.name, stage.unit, size)
     if is_done(stage, ctx, shard, deep=True):
-        ctx.progress.advance(stage.name, size, already=True)
+        ctx.progress.advance(stage.name, stage.size(ctx, shard), already=True)
         return "reused"
     stage.run(ctx, shard)
     return "made"

@@ -138,7 +138,9 @@ class Candidates:
 
     def size(self, ctx: Context, shard: int) -> int:
         """Requests."""
-        return read_shard(ctx.store, shard).num_rows * len(ctx.heuristics) * len(ctx.config.seeds)
+        full = ctx.config.engine.shard_prompts
+        prompts = min(full, ctx.raw["prompts"] - shard * full)
+        return prompts * len(ctx.heuristics) * len(ctx.config.seeds)
 
     def run(self, ctx: Context, shard: int) -> None:
         """Ask for what the journals lack, then write each seed's file."""
