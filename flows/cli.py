@@ -57,6 +57,7 @@ def run(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None) -
     """
     from flows.prepare import check, open_run
     from tasks.core.store import Store
+    from tasks.pipeline import needs_servers
 
     resolved, origins = load_config(config, sets, run_name)
     terminal.notice(f"checking {config}")
@@ -64,12 +65,14 @@ def run(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None) -
     if _is_finished(resolved, plan):
         return
     with Store(resolved.url).lock():  # said before anything is started; the flow takes it again
-        open_run(plan)
+        opened = open_run(plan)
     terminal.notice(f"run {resolved.run}: {len(plan.prompts)} prompts x {len(plan.heuristics)} heuristics x "
                     f"{len(resolved.seeds)} seeds = {plan.requests} requests in {plan.shards} shards")
     from flows.prefect_server import prefect_api
-    from flows.servers import state_dir
+    from flows.servers import require_reachable, state_dir
 
+    if needs_servers(opened):
+        require_reachable(resolved)
     with prefect_api(state_dir(resolved) / "prefect.log", terminal.notice, _debug):
         from flows import build
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -103,8 +104,10 @@ def _addresses(config: RunConfig, role: str, started: list[launcher.ServerRecord
 def _start(missing: list[tuple[launcher.LaunchSpec, int]], folder: Path, started: list[launcher.ServerRecord],
            notice: Notice) -> list[tuple[str, int]]:
     models = ", ".join(sorted({Path(s.model).name for s, _ in missing}))
-    devices = ", ".join("CPU" if s.gpu is None else f"GPU {s.gpu}" for s, _ in missing)
-    notice(f"starting SGLang for {models} on {devices} (half a minute for a small model; log in {folder})")
+    gpus = ", ".join(f"GPU {s.gpu}" for s, _ in missing if s.gpu is not None)
+    count = "a server" if len(missing) == 1 else f"{len(missing)} servers"
+    notice(f"starting SGLang, {count} for {models} on {gpus or 'the CPU'} (half a minute for a small model; logs in "
+           f"{folder})")
     try:
         records = launcher.start_all([s for s, _ in missing], folder, leashed=True)
     except launcher.LaunchFailed as error:
@@ -117,14 +120,23 @@ def _start(missing: list[tuple[launcher.LaunchSpec, int]], folder: Path, started
 
 def _facts(ctx: Context, addresses: list[tuple[str, int]]) -> list[ServerFacts]:
     """What each server that answers says of itself. Raises UnreachableError when none does."""
-    async def ask() -> list[ServerFacts]:
-        pool = ServerPool(addresses, attempts=1, timeout_s=10, wait_s=0)
-        try:
-            return await pool.facts()
-        finally:
-            await pool.close()
+    return ctx.loop.run(lambda: _ask(addresses))
 
-    return ctx.loop.run(ask)
+
+def require_reachable(config: RunConfig) -> None:
+    """Raises UnreachableError if a role has only `url` servers and none of them answers."""
+    for role in ROLES:
+        servers: list[ServerConfig] = getattr(config.servers, role)
+        if servers and not any(s.launch for s in servers):
+            asyncio.run(_ask([(str(s.url), 1) for s in servers]))
+
+
+async def _ask(addresses: list[tuple[str, int]]) -> list[ServerFacts]:
+    pool = ServerPool(addresses, attempts=1, timeout_s=10, wait_s=0)
+    try:
+        return await pool.facts()
+    finally:
+        await pool.close()
 
 
 def _record(facts: ServerFacts, places: list[tuple[str, int]]) -> dict[str, Any]:
@@ -179,8 +191,6 @@ def down(config: RunConfig) -> list[launcher.ServerRecord]:
 
 def probe(config: RunConfig) -> list[tuple[str, str, ServerFacts | WinnowError]]:
     """(role, url, facts or why there are none) of every server that should run."""
-    import asyncio
-
     known = launcher.running(state_dir(config))
     out = []
     for role in ROLES:
@@ -192,14 +202,8 @@ def probe(config: RunConfig) -> list[tuple[str, str, ServerFacts | WinnowError]]
             else:
                 out.append((role, "-", UnreachableError("to be launched by the run; not running now")))
         for url in urls:
-            async def ask(url: str = url) -> ServerFacts:
-                pool = ServerPool([(url, 1)], attempts=1, timeout_s=10, wait_s=0)
-                try:
-                    return (await pool.facts())[0]
-                finally:
-                    await pool.close()
             try:
-                out.append((role, url, asyncio.run(ask())))
+                out.append((role, url, asyncio.run(_ask([(url, 1)]))[0]))
             except UnreachableError as error:
                 out.append((role, url, error))
     return out

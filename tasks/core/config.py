@@ -5,6 +5,7 @@ The text under each field is its help, in `winnow config --help-fields` and in t
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -26,6 +27,13 @@ class ModelRef(Section):
     """Folder or hub id of the model."""
     revision: str | None = None
     """Commit of a hub model; pin it, or the dataset can't be made again."""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Launch(Section):
@@ -67,6 +75,13 @@ class Launch(Section):
     ready_timeout_s: float = Field(default=600, gt=0)
     """Seconds until a server must answer."""
 
+    @model_validator(mode="after")
+    def _private(self) -> Launch:
+        if self.custom_processors and not self.allow_public and not _is_loopback(self.host):
+            raise ValueError(f"host {self.host} is not loopback, and custom logit processors let every client run "
+                             "code on the server; say allow_public: true if that is meant, or use 127.0.0.1")
+        return self
+
 
 class ServerConfig(Section):
     """One server: someone runs it (`url`) or we do (`launch`)."""
@@ -102,9 +117,10 @@ class Source(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """The source's name; part of every prompt's identity."""
     path: str = Field(min_length=1)
-    """A .jsonl or .parquet file, an fsspec URL of one, or hf://datasets/OWNER/NAME (or OWNER/NAME)."""
+    """A .jsonl or .parquet file or an fsspec URL of one, or what `datasets` loads: hf://datasets/OWNER/NAME (or
+    OWNER/NAME), or a folder."""
     split: str = "train"
-    """Split of a `datasets` id."""
+    """Split of a `datasets` id or folder."""
     revision: str | None = None
     """Revision of a `datasets` id."""
     prompt_key: str | None = None

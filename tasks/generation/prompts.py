@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -95,9 +96,9 @@ def _read_hub(source: Source) -> Iterator[tuple[str, dict[str, Any] | Malformed]
     import datasets
 
     name = source.path.removeprefix("hf://datasets/")
-    if "/" not in name or name.startswith((".", "/")):
-        raise InputError(f"sources: {source.name}: {source.path}: must end in .jsonl or .parquet, or be the id of a "
-                         "dataset (OWNER/NAME)")
+    if not Path(name).is_dir() and ("/" not in name or name.startswith((".", "/"))):
+        raise InputError(f"sources: {source.name}: {source.path}: must end in .jsonl or .parquet, be the id of a "
+                         f"dataset (OWNER/NAME), or be a folder that is there (looked in {Path.cwd()})")
     try:
         rows = datasets.load_dataset(name, split=source.split, revision=source.revision)
     except Exception as error:  # hub, network and format errors of many libraries

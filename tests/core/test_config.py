@@ -40,6 +40,7 @@ def write(folder: Path, text: str) -> Path:
     ("run: mine", "run: mine\nrun: yours", 2, ["'run' is given twice"]),
     ("run: mine", "run: mine\nservers: {generator: [{url: 'http://a:1', launch: {}}]}", 2, ["either url", "or launch"]),
     ("run: mine", "run: mine\nservers: {generator: [{url: 'http://me:pw@a:1'}]}", 2, ["servers.generator.0.url"]),
+    ("run: mine", "run: mine\nservers: {generator: [{launch: {host: 0.0.0.0}}]}", 2, ["0.0.0.0", "allow_public"]),
     ("run: mine", "run: mine\nscoring: {per: [seed]}", 2, ["[prompt, seed] or [prompt]"]),
     ("run: mine", "run: mine\nlabels: [quality, corpus_match]", 2, ["labels.1", "corpus_match"]),
     ("[0, 1]", "[0, 1", 7, ["not valid YAML"]),

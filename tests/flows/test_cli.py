@@ -89,6 +89,10 @@ def test_no_server_answers_is_exit_code_4(winnow, tmp_path, tiny_model):
     code, _, err = winnow("servers", "check", path)
     assert code == 4
     assert "no server of this config answers" in err
+    code, _, err = winnow("run", path)
+    assert code == 4
+    assert "no server answers" in err
+    assert "http://127.0.0.1:9" in err
 
 
 def test_plan_counts_and_sends_nothing(winnow, tmp_path, tiny_model):

@@ -110,6 +110,20 @@ def test_a_missing_file_and_an_empty_one_are_the_users_mistake(tmp_path):
         read_prompts(config({"name": "a", "path": "./data.csv"}))
 
 
+def test_a_folder_is_loaded_as_datasets_loads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["x", "y"], "n": [1, 2]}), folder / "train-0.parquet")
+    pq.write_table(pa.table({"text": ["z"], "n": [3]}), folder / "test-0.parquet")
+    for split, texts in (("train", ["x", "y"]), ("test", ["z"])):
+        source = {"name": "a", "path": str(folder), "split": split, "prompt_key": "text"}
+        prompts, _, _ = read_prompts(config(source))
+        assert [p.messages[0]["content"] for p in prompts] == texts
+    with pytest.raises(InputError, match="cannot load dataset"):
+        read_prompts(config({"name": "a", "path": str(folder), "split": "nowhere", "prompt_key": "text"}))
+
+
 def test_a_limit_takes_the_first_rows(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", *({"prompt": str(n)} for n in range(9)))
     prompts, _, _ = read_prompts(config({"name": "a", "path": path, "limit": 4}))
