@@ -1,6 +1,6 @@
 """The run's configuration: one YAML file, typed, every field documented, unknown keys refused.
 
-The text under each field is its help, in `winnow config --help-fields` and in the UI's form.
+The text under each field is its help: in error messages, and in the form that a UI makes of the schema.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-
-LABELLERS = ("quality", "diversity", "verifiers")
 
 
 class Section(BaseModel):

@@ -29,7 +29,7 @@ _PARAMETERS: dict[str, tuple[str, Any, str]] = {
 }
 PROCESSORS = tuple(_PARAMETERS)
 
-# The grid of the seed project: 12 temperatures x {bare, official, 31 truncations}.
+# The grid of Adaptive-Sampling-Networks: 12 temperatures x {bare, official, 31 truncations}.
 TEMPERATURES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.4, 1.7, 2.1, 2.5)
 _GRID: dict[str, tuple[float, ...]] = {
     "top_p": (0.5, 0.8, 0.9, 0.95, 0.98),

@@ -64,7 +64,7 @@ def test_a_mistake_in_a_file_names_file_and_key(tmp_path, entry, said):
         assert words in message
 
 
-def test_the_seed_projects_form_is_read_and_weight_zero_leaves_out(tmp_path):
+def test_the_published_form_is_read_and_weight_zero_leaves_out(tmp_path):
     path = tmp_path / "h.yaml"
     path.write_text(yaml.safe_dump({"sampling_pipelines": [
         pipeline(processor("typical", mass=0.9, min_tokens_to_keep=2), processor("temperature", temperature=1), weight=0.8),

@@ -129,7 +129,7 @@ def test_one_failed_order_is_an_abstention():
     assert (made["p_first"], made["p_second"], made["outcome"], made["reason"]) == (0.9, None, None, "timeout: x")
 
 
-def test_planned_calls_of_the_seeds_grid():
+def test_planned_calls_of_the_full_grid():
     assert planned_calls(1, 1) == 0
     assert planned_calls(8, 1) == (math.ceil(math.log2(8)) + 1) * 4 * 2
     assert planned_calls(396, 1) == 10 * 198 * 2
