@@ -22,7 +22,7 @@ class StageStatus:
     shards: int
     rows: int
     seconds: float | None
-    """From the first file to the last; None below two files."""
+    """Seconds in which at least one shard was worked on, the last try of each; None before the first."""
 
 
 def stage_statuses(ctx: Context) -> list[StageStatus]:
@@ -35,10 +35,18 @@ def stage_statuses(ctx: Context) -> list[StageStatus]:
             done += is_done(made, ctx, shard)
             found = [ctx.store.manifest(path) for path in made.outputs(ctx, shard)]
             manifests += [m for m in (found if name == Candidates.name else found[:1]) if m]
-        times = [m.written_at for m in manifests]
-        span = max(times) - min(times) if len(times) > 1 else None
-        out.append(StageStatus(name, done, ctx.shards, sum(m.rows or 0 for m in manifests), span))
+        spans = [(m.written_at - m.facts["seconds"], m.written_at) for m in manifests if "seconds" in m.facts]
+        out.append(StageStatus(name, done, ctx.shards, sum(m.rows or 0 for m in manifests), covered(spans) or None))
     return out
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def candidate_counts(ctx: Context) -> tuple[collections.Counter[str], int]:

@@ -7,6 +7,7 @@ files it reads. A shard is done exactly if all its files stand for that key.
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any, Protocol
 
 from tasks.context import Context
@@ -75,5 +76,8 @@ def ensure(stage: Stage, ctx: Context, shard: int) -> str:
     if is_done(stage, ctx, shard, deep=True):
         ctx.progress.advance(stage.name, stage.size(ctx, shard), already=True)
         return "reused"
+    began = time.monotonic()
     stage.run(ctx, shard)
+    for path in stage.outputs(ctx, shard):
+        ctx.store.annotate(path, seconds=time.monotonic() - began)
     return "made"

@@ -182,6 +182,11 @@ class Store:
         self.write_json(_manifest_path(relative), asdict(manifest))
         return manifest
 
+    def annotate(self, relative: str, **facts: Any) -> None:
+        """Add facts to the manifest of a file that stands."""
+        if manifest := self.manifest(relative):
+            self.write_json(_manifest_path(relative), asdict(manifest) | {"facts": manifest.facts | facts})
+
     def forget(self, relative: str) -> None:
         """Remove the file's manifest: it is owed again."""
         if self.fs.exists(path := self.path(_manifest_path(relative))):

@@ -158,3 +158,24 @@ def test_run_json_has_no_secret_of_the_server(tmp_path, tiny_model):
     facts = json.loads(raw)["servers"]["generator"][0]
     assert facts["honours_seeds"] is True
     assert facts["info"]["version"] == "fake"
+
+
+def test_rates_count_the_time_in_which_shards_were_worked_on():
+    from flows.status import covered
+
+    assert covered([]) == 0
+    assert covered([(0, 2), (1, 4), (1, 2), (10, 11)]) == 5
+
+
+def test_status_shows_stages_rows_and_rates(winnow, tmp_path, tiny_model):
+    from tests.runs import build
+
+    with FakeSGLang(fault=lambda n, p: "400" if n == 0 else None) as server:
+        ctx = build(make_config(tmp_path, tiny_model, [server.url]), ["generate", "verify"])
+    code, out, _ = winnow("status", ctx.url)
+    assert code == 0
+    assert re.search(r"generate +3/3 +40 +[\d.]+$", out, re.M)
+    assert re.search(r"quality +0/3 +0 +-$", out, re.M)
+    assert "39 ok" in out
+    assert "1 rejected" in out
+    assert "defects: 1 rejected" in out
