@@ -124,7 +124,7 @@ def _show_result(url: str, data: Any) -> None:
 @contextmanager
 def _interruptible(url: str) -> Iterator[None]:
     """Ctrl-C and SIGTERM: what is in flight is cancelled and the run stays resumable; the second time, at once."""
-    from tasks.context import release
+    from tasks.context import interrupt
 
     seen = 0
 
@@ -134,7 +134,7 @@ def _interruptible(url: str) -> Iterator[None]:
         if seen > 1:
             os._exit(130)
         terminal.notice("stopping; what was answered is kept, run the same command again to go on")
-        release(url)
+        interrupt(url)
         raise KeyboardInterrupt
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -7,11 +7,10 @@ same task runs in a thread here or in a worker on another machine.
 from __future__ import annotations
 
 import threading
-from functools import cached_property
 from typing import Any
 
 from tasks.core.config import RunConfig
-from tasks.core.errors import InputError
+from tasks.core.errors import InputError, InterruptedRun
 from tasks.core.heuristics import Heuristic, parse_processor
 from tasks.core.progress import Progress
 from tasks.core.store import Store
@@ -36,19 +35,23 @@ class Context:
         self.shards: int = raw["shards"]
         self.progress = Progress()
         self._pools: dict[str, ServerPool] = {}
+        self._loop: Loop | None = None
         self._lock = threading.Lock()
 
-    @cached_property
+    @property
     def loop(self) -> Loop:
-        """Where this process's requests run."""
-        return Loop()
+        """Where this process's requests run: one loop, however many shards ask for it at once."""
+        with self._lock:  # functools.cached_property takes no lock since Python 3.12
+            if self._loop is None:
+                self._loop = Loop()
+            return self._loop
 
-    @cached_property
+    @property
     def tokenizer(self) -> Any:
         """The generator's tokenizer."""
         return load_tokenizer(self.config.model)
 
-    @cached_property
+    @property
     def judge_tokenizer(self) -> Any:
         """The judge's tokenizer."""
         return load_tokenizer(self.config.judge_model, "quality.model.path")
@@ -71,10 +74,13 @@ class Context:
 
     def close(self) -> None:
         """Stop the requests and close the connections."""
-        if "loop" in self.__dict__:
-            for pool in self._pools.values():
-                self.loop.finish(pool.close)
-            self.loop.stop()
+        with self._lock:
+            loop, pools = self._loop, list(self._pools.values())
+        if loop is not None:
+            loop.stop()
+            for pool in pools:
+                loop.finish(pool.close)
+            loop.end()
 
 
 def _heuristic(raw: dict[str, Any]) -> Heuristic:
@@ -84,11 +90,14 @@ def _heuristic(raw: dict[str, Any]) -> Heuristic:
 
 _open: dict[str, Context] = {}
 _open_lock = threading.Lock()
+_interrupted = threading.Event()
 
 
 def context(url: str) -> Context:
-    """This process's context of a run, opened once."""
+    """This process's context of a run, opened once. Raises InterruptedRun after `interrupt`."""
     with _open_lock:
+        if _interrupted.is_set():
+            raise InterruptedRun("interrupted")
         if url not in _open:
             _open[url] = Context(url)
         return _open[url]
@@ -98,6 +107,12 @@ def reopen(url: str) -> Context:
     """Forget what was known of the run and read it anew; `run.json` changed."""
     release(url)
     return context(url)
+
+
+def interrupt(url: str) -> None:
+    """Stop the run in this process for good: what is in flight is cancelled, no shard begins."""
+    _interrupted.set()
+    release(url)
 
 
 def release(url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from tasks.core.config import ModelRef
 from tasks.core.errors import InputError
 from tasks.core.identity import digest
 
+_loading = threading.Lock()
+
 
 def load_tokenizer(model: ModelRef, key: str = "model.path") -> Any:
     """The tokenizer of `model`, with a chat template; loaded once a process.
 
     Raises InputError, naming the config `key`, when there is no such model, tokenizer or template.
     """
-    return _load(model.path, model.revision, key)
+    with _loading:  # shards ask for it at once
+        return _load(model.path, model.revision, key)
 
 
 @lru_cache(maxsize=4)

@@ -231,6 +231,8 @@ class Loop:
         if self._stopped.is_set():
             raise InterruptedRun("interrupted")
         future = asyncio.run_coroutine_threadsafe(work(), self._loop)
+        if self._stopped.is_set():  # between the look above and the line above
+            future.cancel()
         try:
             return future.result()
         except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
@@ -245,6 +247,11 @@ class Loop:
         """Cancel everything in flight; callers of `run` get InterruptedRun."""
         self._stopped.set()
         self._loop.call_soon_threadsafe(self._cancel_all)
+
+    def end(self) -> None:
+        """End the thread, once everything is cancelled and closed."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
 
     def _cancel_all(self) -> None:
         for task in asyncio.all_tasks(self._loop):
