@@ -34,9 +34,17 @@ def pending(ctx: Context) -> list[str]:
             break  # what follows has no keys yet
     if not out and not (ctx.store.exists("report.json") and ctx.raw.get("finished")):
         out.append("publish")
-    if not out and ctx.config.labels and not ctx.store.exists(f"{FOLDER}/README.md"):
+    if not out and ctx.config.labels and not _dataset_stands(ctx):
         out.append("dataset")
     return out
+
+
+def _dataset_stands(ctx: Context) -> bool:
+    """Whether the card and every split that was written are there, whole by their size."""
+    made = [f"{FOLDER}/{name}" for name in ("README.md", "train.parquet", "validation.parquet")]
+    manifests = [m for path in made if (m := ctx.store.manifest(path))]
+    return ctx.store.exists(made[0]) and all(
+        ctx.store.state(m.path, m.key, deep=False) == "done" for m in manifests)
 
 
 def needs_servers(ctx: Context) -> bool:

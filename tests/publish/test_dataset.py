@@ -51,3 +51,21 @@ def test_duckdb_reads_the_files(tmp_path, tiny_model):
     assert best == 1
     grid = ctx.store.path("candidates/*/*.parquet")
     assert duckdb.sql(f"select count(*) from '{grid}'").fetchall() == [(40,)]
+
+
+def test_a_lost_split_is_owed_again(tmp_path, tiny_model):
+    from tasks.pipeline import pending
+    from tasks.publish.dataset import write_dataset
+
+    with FakeSGLang() as server:
+        ctx = build(make_config(tmp_path, tiny_model, [server.url]))
+    for name in ("report.json", "dataset/README.md"):
+        ctx.store.write_bytes(name, b"{}", "k")
+    ctx.raw["finished"] = {"at": "now", "problem": None}
+    assert pending(ctx) == []
+    before = ctx.store.read("dataset/train.parquet")
+    ctx.store.fs.rm_file(ctx.store.path("dataset/train.parquet"))
+    assert pending(ctx) == ["dataset"]
+    write_dataset(ctx)
+    assert ctx.store.read("dataset/train.parquet").equals(before)
+    assert pending(ctx) == []
