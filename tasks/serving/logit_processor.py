@@ -38,7 +38,7 @@ def refuse(params: Any, reason: str) -> None:
     logger = logging.getLogger("winnow.logit_processor")
     try:
         request = params["__req__"]
-        from sglang.srt.managers.schedule_batch import FINISH_ABORT
+        from sglang.srt.managers.schedule_batch import FINISH_ABORT  # pyright: ignore[reportMissingImports]
 
         # Not set_finish_with_abort: that one is for requests that do not run yet, and replaces their prompt.
         if request.to_finish is None and request.finished_reason is None:

@@ -17,7 +17,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tasks.core.errors import InterruptedRun, UnreachableError
@@ -46,8 +46,6 @@ class _Server:
     in_flight: int = 0
     down_since: float | None = None
     facts: ServerFacts | None = None
-    answered: int = 0
-    failures: collections.Counter[str] = field(default_factory=collections.Counter)
 
 
 class ServerPool:
@@ -65,11 +63,6 @@ class ServerPool:
     def capacity(self) -> int:
         """Requests that may be in flight at once."""
         return sum(s.limit for s in self._servers)
-
-    @property
-    def load(self) -> dict[str, int]:
-        """Requests in flight per server."""
-        return {s.client.url: s.in_flight for s in self._servers}
 
     async def facts(self) -> list[ServerFacts]:
         """What each server that answers says of itself. Raises UnreachableError when none does."""
@@ -100,11 +93,9 @@ class ServerPool:
             try:
                 attempts += 1
                 reply = await server.client.generate(payload)
-                server.answered += 1
                 return Outcome(reply, None, attempts, server.client.url)
             except RequestFailed as error:
                 failure = error
-                server.failures[failure.kind] += 1
             finally:
                 self._give_back(server)
             last = server

@@ -124,31 +124,6 @@ def test_both_places_are_shown_about_equally_often_for_every_player(n):
     assert max(abs(firsts.count(player) - seconds.count(player)) for player in ids(n)) <= 3
 
 
-@pytest.mark.parametrize("n", [6, 13, 32])
-@pytest.mark.parametrize("kept", [0, 1, 17, 10_000])
-def test_replaying_results_in_any_order_continues_the_same_tournament(n, kept):
-    whole_rounds, _, results = play(Swiss(ids(n), 11), abstain=0.2)
-    kept_results = results[:kept]
-    shuffled = [kept_results[k] for k in np.random.default_rng(0).permutation(len(kept_results))]
-    resumed = Swiss.replay(ids(n), 11, shuffled)
-    outcomes = {(a, b): outcome for a, b, outcome in results}
-    rest = []
-    while pairs := resumed.pending or resumed.next_round():
-        rest.extend(pairs)
-        for a, b in pairs:
-            resumed.record(a, b, outcomes[a, b])
-    assert rest == [pair for pairs in whole_rounds for pair in pairs][len(kept_results):]
-
-
-def test_results_of_another_tournament_are_refused():
-    _, _, results = play(Swiss(ids(16), 1))
-    with pytest.raises(ValueError, match="not of this tournament"):
-        Swiss.replay(ids(16), 2, results)
-    a, b, outcome = results[0]
-    with pytest.raises(ValueError, match="given twice"):
-        Swiss.replay(ids(16), 1, [(a, b, outcome), (a, b, None)])
-
-
 def test_misuse_is_refused():
     with pytest.raises(ValueError, match="repeated"):
         Swiss(["a", "a"], 0)

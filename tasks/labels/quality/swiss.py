@@ -14,7 +14,7 @@ are spent between players of about the same strength. No pair ever meets twice:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,7 +22,6 @@ BYE_POINTS = 0.5
 """A bye is worth what a comparison is worth on average: one win shared by two players."""
 
 Pair = tuple[str, str]
-Result = tuple[str, str, float | None]
 
 
 class Swiss:
@@ -60,38 +59,6 @@ class Swiss:
         self._shown_first = dict.fromkeys(self._players, 0)
         self._pending: dict[frozenset[str], Pair] = {}
         self._bye: str | None = None
-
-    @classmethod
-    def replay(
-        cls,
-        players: Sequence[str],
-        seed: int,
-        results: Iterable[Result],
-        rounds: int | None = None,
-        extra_rounds: int = 1,
-    ) -> Swiss:
-        """The tournament after `results`, in whatever order they are given; an unfinished round's other
-        pairs are then `pending`.
-
-        Raises:
-            ValueError: a pair twice, or a result that such a tournament does not ask for.
-        """
-        known: dict[frozenset[str], Result] = {}
-        for a, b, outcome in results:
-            if known.setdefault(frozenset((a, b)), (a, b, outcome)) != (a, b, outcome):
-                raise ValueError(f"results: the pair ({a}, {b}) is given twice with different outcomes")
-        tournament = cls(players, seed, rounds, extra_rounds)
-        while known and not tournament.pending:
-            for a, b in tournament.next_round():
-                if (result := known.pop(frozenset((a, b)), None)) is not None:
-                    tournament.record(*result)
-            if tournament.finished:
-                break
-        if known:
-            a, b, _ = next(iter(known.values()))
-            raise ValueError(f"results: {len(known)} are not of this tournament (other players, seed or "
-                             f"rounds?), the first of them ({a}, {b})")
-        return tournament
 
     @property
     def pending(self) -> list[Pair]:

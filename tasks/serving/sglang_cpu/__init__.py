@@ -12,11 +12,6 @@ _HERE = Path(__file__).resolve().parent
 COMPLETE = "config.json"
 
 
-def stubs_path() -> Path:
-    """The folder of stand-ins for packages that only a GPU build has. `launch.py` puts it on its own path."""
-    return _HERE / "stubs"
-
-
 def ensure_demo_model(out: Path, python: str | None = None) -> Path:
     """The demo's model folder, exported with `python` (this interpreter where None) if it is not there yet.
 
