@@ -174,7 +174,7 @@ def plan(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None) 
 def show_config(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None) -> None:
     """Show the resolved config, each value with where it came from."""
     resolved, origins = load_config(config, sets, run_name)
-    shown = terminal.table(None, "key", "value", "from")
+    shown = terminal.table(None, "key", "value", "from", whole=("key", "from"))
     for key, value in flatten(resolved.model_dump(mode="json")).items():
         origin = origins[key]
         style = "dim" if origin == "default" else ""
@@ -261,7 +261,7 @@ def servers_check(config: ConfigArg, sets: SetOption = None) -> None:
 
     resolved, _ = load_config(config, sets)
     found = probe(resolved)
-    shown = terminal.table(None, "role", "server", "model", "seeds", "custom processors", "SGLang")
+    shown = terminal.table(None, "role", "server", "model", "seeds", "custom processors", "SGLang", whole=("server",))
     for role, url, facts in found:
         if isinstance(facts, WinnowError):
             shown.add_row(role, url, f"[red]{escape(str(facts))}[/red]", "", "", "")

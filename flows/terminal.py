@@ -19,6 +19,8 @@ from tasks.core.progress import StageProgress
 
 console = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
+if not out.is_terminal:
+    out.width = max(out.width, 160)  # a pipe has no width: let each row be a line
 
 _PLAIN_EVERY_S = 10.0
 _TITLES = {"generate": "generate", "verify": "verify", "quality": "judge", "diversity": "diversity",
@@ -106,9 +108,10 @@ def _lines(stages, stop: threading.Event) -> None:  # type: ignore[no-untyped-de
             return
 
 
-def table(title: str | None, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    """A table in the house's style."""
+def table(title: str | None, *columns: str, right: tuple[str, ...] = (), whole: tuple[str, ...] = ()) -> Table:
+    """A table in the house's style; `whole` columns are never broken."""
     made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold",
+                        no_wrap=column in whole)
     return made

@@ -99,7 +99,7 @@ class ServerConfig(Section):
 
 
 class Servers(Section):
-    """Who generates and who judges."""
+    """Who generates and who judges; a plain list is the generators."""
 
     generator: list[ServerConfig] = Field(
         default_factory=lambda: [ServerConfig(launch=Launch(device="cpu"))], min_length=1
@@ -107,6 +107,11 @@ class Servers(Section):
     """Servers that write the candidates; a real SGLang on the CPU where not given."""
     judge: list[ServerConfig] = []
     """Servers that compare candidates; the generators where not given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_list(cls, value: Any) -> Any:
+        return {"generator": value} if isinstance(value, list) else value
 
 
 class Source(Section):

@@ -94,6 +94,15 @@ def test_a_wrong_override_is_refused(tmp_path, override, said):
     assert said in str(caught.value)
 
 
+def test_a_plain_list_of_servers_is_the_generators(tmp_path):
+    path = write(tmp_path, GOOD + "servers: [{url: 'http://a:1'}, {url: 'http://b:2'}]\n")
+    servers = load_config(path)[0].servers
+    assert [s.url for s in servers.generator] == ["http://a:1", "http://b:2"]
+    assert servers.judge == []
+    with pytest.raises(InputError, match=r"run.yaml:8: unknown key 'servers.generator.0.ulr', did you mean 'url'"):
+        load_config(write(tmp_path, GOOD + "servers: [{ulr: 'http://a:1'}]\n"))
+
+
 def test_scientific_notation_without_a_point_is_a_number(tmp_path):
     config, _ = load_config(write(tmp_path, GOOD + "limits: {max_failed: 1e-3}\n"))
     assert config.limits.max_failed == 0.001
