@@ -54,7 +54,7 @@ $(VENV)/.sglang: $(VENV)/.base requirements/sglang-cpu.txt
 
 $(MODEL)/config.json: | $(VENV)/.sglang
 	$(SAY) "unpacking SmolLM2-135M-Instruct to $(MODEL)"
-	@$(BIN)/python -m tasks.serving.sglang_cpu.export_model $(MODEL)
+	@TQDM_DISABLE=1 $(BIN)/python -m tasks.serving.sglang_cpu.export_model $(MODEL)
 
 install: $(VENV)/.base  ## .venv with the winnow command in it
 install-dev: $(VENV)/.dev  ## the same with the test tools
