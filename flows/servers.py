@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,10 @@ def running(ctx: Context, notice: Notice) -> Iterator[Context]:
                                        for role, found in facts.items()})
         yield reopen(ctx.url)
     finally:
-        for record in started:
-            notice(f"stopping the {record.role} server at {record.url}")
-            launcher.stop(record)
+        if started:
+            notice(f"stopping {', '.join(record.url for record in started)}")
+            with ThreadPoolExecutor(len(started)) as stopping:  # each takes seconds to end in order
+                list(stopping.map(launcher.stop, started))
 
 
 def _addresses(config: RunConfig, role: str, started: list[launcher.ServerRecord], notice: Notice
