@@ -52,8 +52,8 @@ def specs(config: RunConfig, role: str) -> list[tuple[launcher.LaunchSpec, int]]
 
 
 def _specs(config: RunConfig, role: str, launch: Launch) -> Iterator[launcher.LaunchSpec]:
-    model = launch.model or (config.judge_model if role == "judge" else config.model).path
-    revision = None if launch.model else config.model.revision
+    served = config.judge_model if role == "judge" else config.model
+    model, revision = (launch.model, None) if launch.model else (served.path, served.revision)
     gpus: list[int | None] = list(launch.gpus) if launch.device == "cuda" else [None]
     if not gpus:
         raise InputError(f"servers.{role}: launch.gpus is empty; name at least one GPU")
