@@ -14,7 +14,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.prepare import check, open_run, update_run
 from flows.servers import running
-from flows.stages import run_stages
+from flows.stages import artifact_key, run_stages
 from tasks.context import Context, context, reopen
 from tasks.core.config import RunConfig
 from tasks.core.errors import ThresholdError
@@ -119,7 +119,7 @@ def _artifact(ctx: Context, text: str, png: bytes) -> None:
     import base64
 
     picture = f"![result](data:image/png;base64,{base64.b64encode(png).decode()})"
-    key = "".join(c if c.isalnum() else "-" for c in f"{ctx.config.run}-result".lower())
+    key = artifact_key(ctx.config.run, "result")
     try:
         create_markdown_artifact(f"{text}\n\n{picture}\n", key=key, description=f"Result of {ctx.config.run}")
     except Exception as error:  # the dataset stands whether or not the UI takes its picture

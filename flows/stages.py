@@ -84,14 +84,18 @@ def run_stages(url: str, names: list[list[str]], window: int) -> None:
         raise failure
 
 
+def artifact_key(*parts: str) -> str:
+    """The parts as Prefect wants an artifact's key: lower case, digits and dashes."""
+    return "".join(c if c.isalnum() else "-" for c in "-".join(parts).lower())
+
+
 class _ProgressArtifact:
     """The stages' progress as a bar in the UI, refreshed every few seconds."""
 
     def __init__(self, url: str, names: Iterable[str]) -> None:
         self._ctx, self._names, self._next = context(url), set(names), 0.0
         self._id: Any = None
-        self._key = f"{self._ctx.config.run}-{'-'.join(sorted(self._names))}".lower()
-        self._key = "".join(c if c.isalnum() else "-" for c in self._key)
+        self._key = artifact_key(self._ctx.config.run, *sorted(self._names))
 
     def update(self, last: bool = False) -> None:
         """Create or refresh the bar, not more often than every few seconds."""
