@@ -1,24 +1,68 @@
-"""One Prefect task per shard and stage, a sliding window of them, progress in the UI."""
+"""One Prefect task per shard and stage, a sliding window of them, a line in the log for each."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.futures import PrefectFuture, wait
 
-from tasks.context import context
+from flows import words
+from flows.artifacts import Shown
+from flows.artifacts import artifact_key as artifact_key
+from flows.status import answered
+from tasks.context import Context, context
 from tasks.core.errors import WinnowError
+from tasks.generation.candidates import Candidates
 from tasks.pipeline import stage
-from tasks.stage import ensure
+from tasks.stage import Stage, ensure
 
 log = logging.getLogger("winnow.stages")
+if not log.isEnabledFor(logging.INFO):
+    log.setLevel(logging.INFO)  # in a worker process nobody has set up logging, and the UI wants its lines
 
-_UI_EVERY_S = 5.0
+_MANY_SHARDS, _QUICK_S, _LONG_S = 50, 1.0, 5.0
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """How one stage of one shard ended."""
+
+    stage: str
+    shard: int
+    how: str
+    """`made` or `reused`."""
+    units: int
+    stood: int
+    """Of `units`, what an earlier process had answered."""
+    failures: dict[str, int]
+    tokens: int
+    seconds: float
+    counted: bool
+    """Whether the progress that people watch was advanced; a worker in another process has none."""
+
+    def line(self, unit: str) -> str:
+        """For the log."""
+        title = words.TITLES.get(self.stage, self.stage)
+        if self.how == "reused":
+            return f"{title} shard {self.shard:04d}: {self.units:,} {unit} stood already"
+        made = self.units - self.stood
+        # the manifest's tokens are those of all rows: with some from before there is no telling how fast ours came
+        return words.shard_line(title, self.shard, f"{self.units:,} {unit}", self.stood, self.failures,
+                                self.seconds, made / max(self.seconds, 1e-3),
+                                0.0 if self.stood else self.tokens / max(self.seconds, 1e-3))
+
+    def is_shown(self, shards: int) -> bool:
+        """Whether the line is worth a place in the terminal."""
+        if self.how == "reused":
+            return False
+        if self.stage == Candidates.name:
+            return self.seconds >= _QUICK_S or shards <= _MANY_SHARDS
+        return self.seconds >= _LONG_S
 
 
 def _worth_retrying(task: Any, run: Any, state: Any) -> bool:
@@ -34,13 +78,46 @@ def _worth_retrying(task: Any, run: Any, state: Any) -> bool:
 
 @task(name="shard", task_run_name="{stage_name}-{shard:04d}", retries=2, retry_delay_seconds=[5, 30],
       retry_condition_fn=_worth_retrying, persist_result=False)
-def run_shard(url: str, stage_name: str, shard: int) -> str:
-    """One stage of one shard of the run at `url`; `made` or `reused`."""
+def run_shard(url: str, stage_name: str, shard: int) -> ShardDone:
+    """One stage of one shard of the run at `url`."""
     ctx = context(url)
+    made = stage(stage_name)
+    stood = answered(ctx, shard) if stage_name == Candidates.name else 0
     began = time.monotonic()
-    how = ensure(stage(stage_name), ctx, shard)
-    log.info("%s shard %d: %s in %.1f s", stage_name, shard, how, time.monotonic() - began)
-    return how
+    how = ensure(made, ctx, shard)
+    done = _done(ctx, made, shard, how, stood, time.monotonic() - began)
+    log.info("%s", done.line(made.unit), extra={"shown": done.counted and done.is_shown(ctx.shards)})
+    return done
+
+
+def _done(ctx: Context, made: Stage, shard: int, how: str, stood: int, seconds: float) -> ShardDone:
+    """The facts, from the manifests of the shard's files."""
+    failures: dict[str, int] = {}
+    tokens = 0
+    for path in made.outputs(ctx, shard):
+        manifest = ctx.store.manifest(path)
+        facts = manifest.facts if manifest else {}
+        for kind, n in (facts.get("statuses") or facts.get("defects") or {}).items():
+            if kind != "ok":
+                failures[kind] = failures.get(kind, 0) + n
+        tokens += facts.get("tokens") or 0
+    units = made.size(ctx, shard)
+    return ShardDone(made.name, shard, how, units, units if how == "reused" else min(stood, units), failures,
+                     tokens if made.name == Candidates.name else 0, seconds, made.name in ctx.progress)
+
+
+def _count(ctx: Context, done: ShardDone, unit: str) -> None:
+    """Progress of a shard that a worker process made: it counts when it is whole."""
+    if done.counted:
+        return
+    ctx.progress.advance(done.stage, done.stood, already=True)
+    made = done.units - done.stood
+    for kind, n in done.failures.items():
+        if made >= n:
+            ctx.progress.advance(done.stage, n, failure=kind)
+            made -= n
+    ctx.progress.advance(done.stage, made, tokens=0 if done.stood else done.tokens)
+    log.info("%s", done.line(unit), extra={"shown": done.is_shown(ctx.shards), "send_to_api": False})
 
 
 def run_stages(url: str, names: list[list[str]], window: int) -> None:
@@ -55,9 +132,16 @@ def run_stages(url: str, names: list[list[str]], window: int) -> None:
         ctx.progress.begin(name, known.unit, sum(known.size(ctx, n) for n in range(ctx.shards)))
     wanted = ((chain, shard) for shard in range(ctx.shards) for chain in names)
     pending: dict[PrefectFuture[Any], tuple[list[str], int]] = {}
-    artifact = _ProgressArtifact(url, [n for chain in names for n in chain])
+    shown = Shown(ctx, [n for chain in names for n in chain])
     failure: BaseException | None = None
     exhausted = False
+    ended = threading.Event()
+
+    def submit(chain: list[str], shard: int) -> None:
+        future = run_shard.submit(url, chain[0], shard)
+        future.add_done_callback(lambda _: ended.set())
+        pending[future] = (chain, shard)
+
     while pending or not (exhausted or failure):
         while len(pending) < window and not exhausted and not failure:
             following = next(wanted, None)
@@ -65,59 +149,22 @@ def run_stages(url: str, names: list[list[str]], window: int) -> None:
                 exhausted = True
                 break
             chain, shard = following
-            pending[run_shard.submit(url, chain[0], shard)] = (chain, shard)
+            submit(chain, shard)
         if not pending:
             break
-        done, _ = wait(list(pending), timeout=1)
+        ended.wait(1)  # `wait` alone returns when all have ended, or after its timeout
+        ended.clear()
+        done, _ = wait(list(pending), timeout=0.01)
         for future in done:
             chain, shard = pending.pop(future)
             try:
-                future.result()
+                _count(ctx, future.result(), stage(chain[0]).unit)
             except Exception as error:
                 failure = failure or error
                 continue
             if len(chain) > 1 and not failure:
-                pending[run_shard.submit(url, chain[1], shard)] = (chain[1:], shard)
-        artifact.update()
-    artifact.update(last=True)
+                submit(chain[1:], shard)
+        shown.update()
+    shown.update(last=True)
     if failure:
         raise failure
-
-
-def artifact_key(*parts: str) -> str:
-    """The parts as Prefect wants an artifact's key: lower case, digits and dashes."""
-    return "".join(c if c.isalnum() else "-" for c in "-".join(parts).lower())
-
-
-class _ProgressArtifact:
-    """The stages' progress as a bar in the UI, refreshed every few seconds."""
-
-    def __init__(self, url: str, names: Iterable[str]) -> None:
-        self._ctx, self._names, self._next = context(url), set(names), 0.0
-        self._id: Any = None
-        self._key = artifact_key(self._ctx.config.run, *sorted(self._names))
-
-    def update(self, last: bool = False) -> None:
-        """Create or refresh the bar, not more often than every few seconds."""
-        if not last and time.monotonic() < self._next:
-            return
-        self._next = time.monotonic() + _UI_EVERY_S
-        stages = [s for s in self._ctx.progress.snapshot() if s.name in self._names]
-        total = sum(s.total for s in stages)
-        share = 100.0 * sum(s.done for s in stages) / total if total else 0.0
-        text = "; ".join(f"{s.name}: {s.done} of {s.total} {s.unit}, {s.rate:.1f}/s" for s in stages)
-        _quietly(lambda: self._write(share, text or "starting"))
-
-    def _write(self, share: float, text: str) -> None:
-        if self._id is None:
-            self._id = create_progress_artifact(progress=share, key=self._key, description=text)
-        else:
-            update_progress_artifact(artifact_id=self._id, progress=share, description=text)
-
-
-def _quietly(write: Callable[[], None]) -> None:
-    """A UI that can't be written to must not stop the run."""
-    try:
-        write()
-    except Exception as error:
-        log.debug("progress artifact: %s", error)
