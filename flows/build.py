@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows.prepare import check, open_run, update_run
+from flows.prepare import Plan, check, open_run, update_run
 from flows.servers import running
 from flows.stages import artifact_key, run_stages
 from tasks.context import Context, context, reopen
@@ -23,7 +23,7 @@ from tasks.core.store import Store
 from tasks.generation.candidates import Candidates
 from tasks.generation.verify import Verified
 from tasks.labels import labellers
-from tasks.pipeline import needs_servers, shortfall
+from tasks.pipeline import needs_servers, reconsider, shortfall
 from tasks.publish.dataset import FOLDER, write_dataset
 from tasks.publish.score import Scores, write_stats
 
@@ -31,6 +31,8 @@ log = logging.getLogger("winnow.build")
 
 # who is told what happens; the terminal sets its own
 notice: Callable[[str], None] = log.info
+# what this process has just checked, so that the sources are not read twice; the command line sets it
+checked: Plan | None = None
 
 
 def task_runner(config: RunConfig) -> TaskRunner[Any]:
@@ -54,9 +56,12 @@ def build_dataset(config: RunConfig, origins: Origins | None = None) -> dict[str
 
     Raises ThresholdError when the run finished below a threshold of its config.
     """
-    plan = check(config, origins or {})
+    plan = _take_checked(config) or check(config, origins or {})
     with Store(config.url).lock():
-        ctx = reopen(open_run(plan).url)
+        with plan.prompts:
+            ctx = reopen(open_run(plan).url)
+        if (ctx.raw.get("finished") or {}).get("problem"):
+            reconsider(ctx)
         if needs_servers(ctx):
             with running(ctx, notice) as served:
                 _generate_and_label(served.url, config)
@@ -69,6 +74,12 @@ def build_dataset(config: RunConfig, origins: Origins | None = None) -> dict[str
     if problem:
         raise ThresholdError(problem)
     return data
+
+
+def _take_checked(config: RunConfig) -> Plan | None:
+    global checked
+    plan, checked = checked, None
+    return plan if plan is not None and plan.config == config else None
 
 
 def _generate_and_label(url: str, config: RunConfig) -> None:

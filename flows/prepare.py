@@ -18,7 +18,7 @@ from tasks.core.identity import digest
 from tasks.core.resolve import Origins, flatten
 from tasks.core.store import Store
 from tasks.core.tokenizer import fingerprint, load_tokenizer
-from tasks.generation.prompts import Prompt, SourceCount, read_prompts, shard_count, write_prompts
+from tasks.generation.prompts import PromptSet, read_prompts, shard_count, write_prompts
 
 log = logging.getLogger("winnow.prepare")
 
@@ -28,14 +28,12 @@ _PACKAGES = ("winnow", "prefect", "pyarrow", "polars", "torch", "transformers", 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config asks for, checked; nothing sent, nothing written."""
+    """What a config asks for, checked; nothing sent, nothing written in the run. Its prompts want closing."""
 
     config: RunConfig
     origins: Origins
     heuristics: list[Heuristic]
-    prompts: list[Prompt]
-    copies: dict[str, int]
-    sources: dict[str, SourceCount]
+    prompts: PromptSet
     tokenizer: Any
 
     @property
@@ -65,14 +63,13 @@ def check(config: RunConfig, origins: Origins) -> Plan:
         raise InputError(f"engine.task_runner: {runner} needs its extra: pip install 'winnow[{runner}]'")
     heuristics = expand(config.heuristics.family, config.heuristics.files)
     tokenizer = load_tokenizer(config.model)
-    prompts, copies, sources = read_prompts(config)
     if "quality" in config.labels:
         _check_judge(config)
     if "verifiers" not in config.labels and any(s.verifier for s in config.sources):
         log.warning("labels has no verifiers: no answer will be checked, although a source names a verifier")
     if "diversity" in config.labels and len(config.seeds) < 2:
         log.warning("diversity is measured across seeds: with one seed it is null")
-    return Plan(config, origins, heuristics, prompts, copies, sources, tokenizer)
+    return Plan(config, origins, heuristics, read_prompts(config), tokenizer)
 
 
 def _check_judge(config: RunConfig) -> None:
@@ -98,7 +95,7 @@ def open_run(plan: Plan) -> Context:
     if known is not None:
         _refuse_changes(known["identity"], identity, store.display())
     # prompts first: a changed source must not leave a run.json that speaks of other prompts
-    shards = write_prompts(store, config, plan.prompts, plan.copies, plan.sources, plan.tokenizer)
+    shards = write_prompts(store, config, plan.prompts, plan.tokenizer)
     raw: dict[str, Any] = {
         "winnow": _version("winnow"), "run": config.run,
         "created": known["created"] if known else _now(), "config": config.model_dump(mode="json"),

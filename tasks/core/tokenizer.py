@@ -50,10 +50,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a chat, ready for the answer: the template applied once, no second BOS."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def render(tokenizer: Any, chats: list[list[dict[str, str]]]) -> list[list[int]]:
+    """Token ids of each chat, ready for the answer: the template applied once, no second BOS."""
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:
@@ -66,3 +66,27 @@ def fingerprint(tokenizer: Any) -> str:
     backend = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else sorted(
         tokenizer.get_vocab().items())
     return digest("tokenizer", backend, tokenizer.chat_template)
+
+
+def decode_all(tokenizer: Any, many: list[list[int]]) -> list[str]:
+    """`decode` of each, faster than one by one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return [decode(tokenizer, ids) for ids in many]
+    return backend.decode_batch(many, skip_special_tokens=True)
+
+
+def vocabulary_size(model: ModelRef, tokenizer: Any) -> int:
+    """No token id of the model is as large as this.
+
+    The model's own size where its config can be read (its table of tokens is often larger than the tokenizer's);
+    else the tokenizer's, rounded up as generously as such tables are.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model.path, revision=model.revision)
+        size = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
+    except Exception:  # no config, or of a kind that this version does not know: it is only a bound
+        size = None
+    return max(int(size or 0), len(tokenizer)) if size else (len(tokenizer) // 1024 + 2) * 1024
