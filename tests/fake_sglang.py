@@ -1,42 +1,69 @@
-"""A fake SGLang server: real HTTP on a loopback port, answers that depend on the request alone, faults on order.
+"""A fake SGLang server: real HTTP on a loopback port, slots and a queue, faults and crashes on order.
 
-Not a model: words drawn by the request's seed. It records every request, so that a test can say what was
-sent; `fault` decides per request what goes wrong.
+It records every request, so that a test can say what was sent; `fault` decides per request what goes wrong. What it
+answers is in tests/fake_answers.py. Its methods may be called from any thread.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import collections
+import contextlib
 import json
-import math
-import random
+import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 from aiohttp import web
 
-WORDS = ["the", "answer", "is", "7", "12", "a", "lamp", "sings", "softly", "and", "rain", "falls", "on", "red", "kites", "while", "birds", "rest", "in", "shade"]
+from tests import fake_answers
+from tests.fake_answers import FOREIGN_BODIES, REFUSALS, WORDS
+
+__all__ = ["WORDS", "ControlFault", "FakeSGLang", "Fault"]
 
 Fault = Callable[[int, dict[str, Any]], str | None]
-"""(number of the request, payload) -> a fault's name or None: see `_FAULTS` and `_answer`."""
+"""(number of the request, payload) -> None or a fault's name:
+400 401 404 429 500 503 redirect; garbage empty_body null; abort wrong_ids wrong_vocab wrong_rid wrong_count nan;
+truncate drip hang reset; crash (the whole server, see `crash`)."""
+
+ControlFault = Callable[[str], str | None]
+"""Path of a GET -> "hang", "500" or None."""
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class FakeSGLang:
-    """`with FakeSGLang(...) as server:` serves at `server.url` until the block ends."""
+    """`with FakeSGLang(...) as server:` serves at `server.url` until the block ends.
+
+    `concurrency` requests are at work at once, `delay_s` each; the rest wait in the order in which they came, and
+    with `queue_limit` waiting the next one is answered 503. `retry_after` [s] goes with every 429 and 503.
+    """
 
     def __init__(self, *, fault: Fault | None = None, delay_s: float = 0.0, deterministic: bool = True,
-                 custom_processors: bool = True, model_path: str = "tiny", eos: int = 256, port: int = 0) -> None:
+                 custom_processors: bool = True, model_path: str = "tiny", eos: int = 256, port: int = 0,
+                 concurrency: int | None = None, queue_limit: int | None = None, retry_after: float | None = None,
+                 metrics: bool = False, control_fault: ControlFault | None = None,
+                 crash_down_s: float | None = None) -> None:
         self.fault, self.delay_s, self.eos, self.port = fault, delay_s, eos, port
+        self.concurrency, self.queue_limit, self.retry_after = concurrency, queue_limit, retry_after
+        self.metrics, self.control_fault, self.crash_down_s = metrics, control_fault, crash_down_s
         self.info = {"enable_deterministic_inference": deterministic, "version": "fake", "model_path": model_path,
                      "enable_custom_logit_processor": custom_processors, "sampling_backend": "pytorch",
+                     "enable_metrics": metrics, "max_queued_requests": queue_limit, "sampling_mask_max_tokens": 4096,
                      "api_key": "a secret"}
         self.requests: list[dict[str, Any]] = []
+        self.answered: collections.Counter[str] = collections.Counter()
+        self.control: list[str] = []
         self.in_flight = self.most_in_flight = 0
-        self._loop = asyncio.new_event_loop()
-        self._started = threading.Event()
-        self._stop: asyncio.Event
+        self.running = self.waiting = self.crashes = 0
+        self._life = 0
+        self._runner: web.AppRunner | None = None
+        self._comeback: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- what a test asks ---
 
     @property
     def url(self) -> str:
@@ -51,98 +78,219 @@ class FakeSGLang:
     def judgements(self) -> list[dict[str, Any]]:
         return [r for r in self.requests if "token_ids_logprob" in r]
 
+    def write(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """The whole answer to a request for a candidate."""
+        return fake_answers.write(payload, self.eos)
+
+    def judge(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """The whole answer to a request for a verdict."""
+        return fake_answers.judge(payload)
+
+    # --- its life ---
+
     def __enter__(self) -> FakeSGLang:
-        self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve()), daemon=True)
+        self._reserved = _bound(self.port)  # nobody takes the port while the server is down
+        self.port = self._reserved.getsockname()[1]
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        assert self._started.wait(10)
+        self._do(self._listen())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
+        self._do(self._die())
+        self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        self._loop.close()
+        self._reserved.close()
 
-    async def _serve(self) -> None:
-        self._stop = asyncio.Event()
-        app = web.Application(client_max_size=64 << 20)
-        app.router.add_get("/model_info", self._json({"model_path": self.info["model_path"]}))
-        app.router.add_get("/server_info", self._json(self.info))
-        app.router.add_get("/health", self._json({}))
+    def crash(self, down_s: float | None = None) -> None:
+        """Like a process that dies: every connection breaks, new ones are refused.
+
+        It listens again after `down_s` seconds (0: at once), or with None when `restart` is called.
+        """
+        self._do(self._crash(down_s))
+
+    def restart(self, model_path: str | None = None, **info: Any) -> None:
+        """A new process on the same port, perhaps with another model or other entries of /server_info."""
+        self.info |= info | ({"model_path": model_path} if model_path is not None else {})
+        self._do(self._crash(0) if self._runner else self._listen())
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run on the server's loop; waits for the end, except on the loop itself."""
+        if threading.current_thread() is self._thread:
+            task = self._loop.create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        else:
+            asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    async def _listen(self) -> None:
+        if self._comeback:
+            self._comeback.cancel()
+        if self._runner:
+            return
+        app = web.Application(client_max_size=64 << 20, middlewares=[self._only_alive(self._life)])
+        for path in ("/model_info", "/server_info", "/health", "/ready", "/metrics", "/v1/loads"):
+            app.router.add_get(path, self._control)
         app.router.add_post("/generate", self._generate)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", self.port)
-        await site.start()
-        self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
-        self._started.set()
-        await self._stop.wait()
+        app.router.add_get("/generate", self._redirect)  # where a followed redirect ends up
+        self._slots = asyncio.Semaphore(self.concurrency or 10**9)  # first come, first served
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
+        await self._runner.setup()
+        self._listener = _bound(self.port)
+        await web.SockSite(self._runner, self._listener, backlog=2048).start()
+
+    async def _die(self) -> None:
+        runner, self._runner = self._runner, None
+        if self._comeback:
+            self._comeback.cancel()
+        if runner is None:
+            return
+        self._life += 1
+        self._loop.remove_reader(self._listener)
+        self._listener.shutdown(socket.SHUT_RDWR)  # refuses from here on
+        for _ in range(3):  # until what was accepted before is a connection that can be broken
+            await asyncio.sleep(0)
+        assert runner.server is not None
+        for connection in runner.server.connections:
+            if connection.transport is not None:
+                connection.transport.abort()  # as the kernel does it for a dead process
         await runner.cleanup()
 
-    @staticmethod
-    def _json(value: Any) -> Any:
-        async def answer(_: web.Request) -> web.Response:
-            return web.json_response(value)
-        return answer
+    async def _crash(self, down_s: float | None) -> None:
+        self.crashes += 1
+        await self._die()
+        if down_s == 0:
+            await self._listen()
+        elif down_s is not None:
+            self._comeback = self._loop.call_later(down_s, lambda: self._do(self._listen()))
+
+    def _only_alive(self, life: int) -> Any:
+        @web.middleware
+        async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+            if life != self._life:  # accepted just before the crash
+                fake_answers.reset(request.transport)
+                return web.Response()
+            return await handler(request)
+        return check
+
+    # --- GET ---
+
+    async def _control(self, request: web.Request) -> web.StreamResponse:
+        self.control.append(request.path)
+        fault = self.control_fault(request.path) if self.control_fault else None
+        if fault == "hang":
+            await asyncio.Event().wait()
+        if fault == "500":
+            return web.json_response(REFUSALS[fault], status=500)
+        if request.path == "/metrics":
+            if not self.metrics:
+                return web.json_response(REFUSALS["404"], status=404)
+            return web.Response(text=self._metrics(), headers={"Content-Type": "text/plain; version=0.0.4"})
+        if request.path == "/v1/loads":
+            return web.json_response({"loads": [{"dp_rank": 0, "num_running_reqs": self.running,
+                                                 "num_waiting_reqs": self.waiting}]})
+        if request.path == "/model_info":
+            return web.json_response({"model_path": self.info["model_path"], "is_generation": True})
+        return web.json_response(self.info if request.path == "/server_info" else {})
+
+    def _metrics(self) -> str:
+        labels = (f'{{engine_type="unified",model_name="{self.info["model_path"]}",moe_ep_rank="0",pp_rank="0",'
+                  'tp_rank="0"}')
+        gauges = (("num_running_reqs", "The number of running requests.", self.running),
+                  ("num_queue_reqs", "The number of requests in the waiting queue.", self.waiting))
+        return "".join(f"# HELP sglang:{name} {words}\n# TYPE sglang:{name} gauge\nsglang:{name}{labels} {value:.1f}\n"
+                       for name, words, value in gauges)
+
+    # --- POST /generate ---
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        payload = await request.json()
+        payload, came = await request.json(), time.monotonic()
         number = len(self.requests)
         self.requests.append(payload)
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            if self.delay_s:
-                await asyncio.sleep(self.delay_s)
-            return await self._answer(request, payload, self.fault(number, payload) if self.fault else None)
+            if self._full():
+                return self._refuse("503", fake_answers.QUEUE_FULL)
+            if refusal := fake_answers.mask_refusal(payload):
+                return web.json_response(refusal, status=400)
+            async with self._slot():
+                if self.delay_s:
+                    await asyncio.sleep(self.delay_s)
+                fault = self.fault(number, payload) if self.fault else None
+                return await self._answer(request, payload, fault, came)
         finally:
             self.in_flight -= 1
 
-    async def _answer(self, request: web.Request, payload: dict[str, Any], fault: str | None) -> web.StreamResponse:
-        if fault in ("400", "429", "500", "503"):
-            return web.json_response({"error": {"message": f"fake {fault}"}}, status=int(fault))
+    def _full(self) -> bool:
+        return (self.concurrency is not None and self.queue_limit is not None
+                and self.running + self.waiting >= self.concurrency + self.queue_limit)
+
+    @contextlib.asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        slots = self._slots
+        self.waiting += 1
+        try:
+            await slots.acquire()
+        finally:
+            self.waiting -= 1
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+            slots.release()
+
+    async def _answer(self, request: web.Request, payload: dict[str, Any], fault: str | None,
+                      came: float) -> web.StreamResponse:
+        if fault in REFUSALS:
+            return self._refuse(fault)
+        if fault in FOREIGN_BODIES:
+            return web.Response(text=FOREIGN_BODIES[fault], content_type="application/json")
+        if fault == "redirect":
+            return await self._redirect(request)
+        if fault == "crash":
+            self._do(self._crash(self.crash_down_s))
         if fault == "reset":
-            assert request.transport is not None
-            request.transport.abort()
-            return web.Response()
-        if fault == "hang":
-            await asyncio.sleep(3600)
-        if fault == "garbage":
-            return web.Response(text="<html>not json</html>")
+            fake_answers.reset(request.transport)
+        if fault in ("hang", "crash", "reset"):
+            await asyncio.Event().wait()
         answer = self.judge(payload) if "token_ids_logprob" in payload else self.write(payload)
-        if fault == "abort":
-            answer["meta_info"]["finish_reason"] = {"type": "abort", "message": "fake abort"}
-        if fault == "wrong_ids":
-            answer["output_ids"] = answer["output_ids"] + [3]
+        answer["meta_info"]["e2e_latency"] = time.monotonic() - came
+        spoilt = fake_answers.spoil(answer, fault)
         body = json.dumps(answer).encode()
         if fault == "truncate":
-            response = web.StreamResponse(headers={"Content-Length": str(len(body))})
-            await response.prepare(request)
-            await response.write(body[: len(body) // 2])
-            assert request.transport is not None
-            request.transport.close()
+            return await fake_answers.send_half(request, body)
+        if fault == "drip":
+            return await fake_answers.drip(request, body)
+        if fault is not None and not spoilt:
+            raise ValueError(f"there is no fault {fault!r}")
+        response = web.Response(body=body, content_type="application/json")
+        if spoilt:
             return response
-        return web.Response(body=body, content_type="application/json")
+        rid = payload.get("rid", "")
+        self.answered[rid] += 1  # before the client can look
+        try:
+            await response.prepare(request)
+            await response.write_eof()
+        except (ConnectionError, asyncio.CancelledError):  # the client is gone, or this server
+            self.answered[rid] -= 1
+        return response
 
-    def write(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """Words by the seed, as the ids of a byte tokenizer (tests/tiny_model.py)."""
-        params = payload["sampling_params"]
-        rng = random.Random(json.dumps([params["sampling_seed"], payload["input_ids"]]))
-        text = " ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 9)))
-        ids = list(text.encode())[: params["max_new_tokens"]]
-        whole = len(ids) == len(text)
-        if whole and len(ids) < params["max_new_tokens"]:
-            ids.append(self.eos)
-        logprobs = [[-rng.random(), i, None] for i in ids]
-        return {"text": bytes(i for i in ids if i < 256).decode(), "output_ids": ids, "meta_info": {
-            "finish_reason": {"type": "stop" if whole else "length"}, "output_token_logprobs": logprobs,
-            "prompt_tokens": len(payload["input_ids"]), "completion_tokens": len(ids)}}
+    def _refuse(self, status: str, body: Any = None) -> web.Response:
+        wait = {"Retry-After": f"{self.retry_after:g}"} if self.retry_after is not None else {}
+        return web.json_response(body or REFUSALS[status], status=int(status),
+                                 headers=wait if status in ("429", "503") else {})
 
-    def judge(self, payload: dict[str, Any]) -> dict[str, Any]:
-        """A verdict that depends on the prompt alone; 2 % of the mass goes elsewhere."""
-        p = int(hashlib.sha256(json.dumps(payload["input_ids"]).encode()).hexdigest()[:8], 16) / 2**32
-        p = 0.05 + 0.9 * p
-        a, b = payload["token_ids_logprob"]
-        entries = [[math.log(0.98 * p), a, None], [math.log(0.98 * (1 - p)), b, None]]
-        return {"text": "A", "output_ids": [a], "meta_info": {
-            "finish_reason": {"type": "length"}, "output_token_logprobs": [[math.log(0.98 * p), a, None]],
-            "output_token_ids_logprobs": [entries], "prompt_tokens": len(payload["input_ids"]),
-            "completion_tokens": 1}}
+    async def _redirect(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(status=302, headers={"Location": request.path})
+
+
+def _bound(port: int) -> socket.socket:
+    """A socket at the port that does not listen yet: until then, connections to it are refused."""
+    out = socket.socket()
+    out.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    out.bind(("127.0.0.1", port))
+    return out
