@@ -18,6 +18,8 @@ import typer
 from rich.markup import escape
 
 from flows import terminal
+from flows.cli_servers import servers_app
+from flows.options import ConfigArg, RunArg, RunOption, RunsDir, SetOption, open_run_named
 from tasks.core.errors import InputError, InterruptedRun, WinnowError
 from tasks.core.resolve import flatten, load_config
 
@@ -27,17 +29,11 @@ app = typer.Typer(
          "ranked, labelled, scored, filtered.\n\nStart with [bold]make demo[/bold], then copy configs/demo.yaml.",
     epilog="Exit codes: 0 done, 2 input wrong, 3 finished below a threshold, 4 no server answers, 130 interrupted "
            "(run it again to resume).")
-servers_app = typer.Typer(no_args_is_help=True, help="Start, probe and stop the servers of a config.")
 app.add_typer(servers_app, name="servers")
 
 # click's own class of usage errors, wherever this version of typer keeps click
 _USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
-ConfigArg = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file, such as configs/demo.yaml.")]
-SetOption = Annotated[list[str] | None, typer.Option(
-    "--set", metavar="KEY.PATH=VALUE", help="Override one key of the config; may be given many times. Example: "
-    "--set scoring.top_k=2 --set 'seeds=[0, 1, 2]'.")]
-RunOption = Annotated[str | None, typer.Option("--run", metavar="NAME", help="Override the run's name.")]
 _debug = False
 
 
@@ -76,7 +72,7 @@ def run(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None) -
     with prefect_api(state_dir(resolved) / "prefect.log", terminal.notice, _debug):
         from flows import build
 
-        build.notice = terminal.notice
+        build.notice, build.checked = terminal.notice, plan
         with _interruptible(resolved.url), terminal.watching(resolved.url):
             data = build.build_dataset(resolved, origins)
     _show_result(resolved.url, data)
@@ -93,8 +89,12 @@ def _is_finished(resolved: Any, plan: Any) -> bool:
         return False
     with store.lock():
         ctx = open_run(plan)
-    from tasks.pipeline import pending
+    from tasks.pipeline import pending, reconsider
 
+    if ctx.raw["finished"].get("problem") and (failed := reconsider(ctx)):
+        terminal.notice(f"run {resolved.run} finished below a threshold: its {failed} failed candidates are asked for "
+                        "again")
+        return False
     if pending(ctx):
         return False
     terminal.notice(f"run {resolved.run} is finished already, on {ctx.raw['finished']['at']}: nothing to do")
@@ -164,7 +164,7 @@ def plan(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None) 
     sources = terminal.table("\n[bold]sources[/bold]", "source", "rows", "prompts", "copies folded", "malformed",
                              "verifier", right=("rows", "prompts", "copies folded", "malformed"))
     for source in resolved.sources:
-        c = made.sources[source.name]
+        c = made.prompts.sources[source.name]
         sources.add_row(source.name, *(f"{n:,}" for n in (c.rows, c.prompts, c.copies, c.malformed_count)),
                         source.verifier or "none")
     terminal.out.print(sources)
@@ -206,84 +206,39 @@ def heuristics(
 
 
 @app.command()
-def status(
-    run_name: Annotated[str, typer.Argument(metavar="RUN", help="The run's name, or its folder or URL.")],
-    runs_dir: Annotated[str, typer.Option(help="Where runs live.")] = "data/runs",
-) -> None:
+def status(run_name: RunArg, runs_dir: RunsDir = "data/runs") -> None:
     """Show how far a run is: stages, shards, rows, failures by kind, rates."""
-    from flows.status import candidate_counts, defects, stage_statuses
-    from tasks.context import Context
-    from tasks.core.store import Store
+    from flows import words
+    from flows.status import answers_per_s, candidate_counts, defects, stage_statuses, worker
 
-    url = run_name if "/" in run_name or Store(run_name).exists("run.json") else f"{runs_dir}/{run_name}"
-    ctx = Context(url)
+    ctx = open_run_named(run_name, runs_dir)
     finished = ctx.raw.get("finished")
-    state = f"finished {finished['at']}" if finished else "not finished: run it again to go on"
+    pid = worker(ctx)
+    state = (f"process {pid} works on it" if pid else f"finished {finished['at']}" if finished
+             else "not finished: run it again to go on")
     terminal.out.print(f"[bold]{escape(ctx.config.run)}[/bold]  {escape(ctx.url)}  ({state})")
     shown = terminal.table(None, "stage", "shards", "rows", "rows/s", right=("shards", "rows", "rows/s"))
     for s in stage_statuses(ctx):
         rate = f"{s.rows / s.seconds:.1f}" if s.seconds else "-"
         shown.add_row(s.name, f"{s.shards_done}/{s.shards}", f"{s.rows:,}", rate)
     terminal.out.print(shown)
-    statuses, journalled = candidate_counts(ctx)
-    for name, n in sorted(statuses.items()):
+    counts = candidate_counts(ctx)
+    for name, n in counts.statuses.items():
         terminal.out.print(f"  {n:,} {name}")
-    if journalled:
-        terminal.out.print(f"  {journalled:,} answered, their shards not whole yet")
+    if counts.tokens_per_s:
+        terminal.out.print(f"  {words.short(counts.tokens)} new tokens, {words.short(counts.tokens_per_s)} tok/s")
+    if counts.journalled:
+        now = answers_per_s(ctx)
+        terminal.out.print(f"  {counts.journalled:,} answered, their shards not whole yet"
+                           + (f"; now {words.per_second(now)}" if now else ""))
     kinds, cells = defects(ctx)
     if kinds:
-        terminal.out.print("defects: " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())))
+        terminal.out.print(f"defects: {words.failures(kinds)}")
         for cell in cells[:5]:
             terminal.out.print(escape(f"  {cell['defect']}: prompt {cell['prompt_id'][:12]}, {cell['heuristic']}, "
                                       f"seed {cell['seed']}"))
     if finished and finished.get("problem"):
         terminal.out.print(f"[yellow]{escape(finished['problem'])}[/yellow]")
-
-
-@servers_app.command("up")
-def servers_up(config: ConfigArg, sets: SetOption = None) -> None:
-    """Start the servers that the config launches and leave them running; runs then use them."""
-    from flows.servers import up
-
-    resolved, _ = load_config(config, sets)
-    started = up(resolved, terminal.notice)
-    if not started:
-        terminal.out.print("the config launches no servers: its servers are urls")
-    for record in started:
-        terminal.out.print(f"{record.role}  {record.url}  process {record.pid}  log {record.log}")
-
-
-@servers_app.command("check")
-def servers_check(config: ConfigArg, sets: SetOption = None) -> None:
-    """Ask each server of the config what it is."""
-    from flows.servers import probe
-    from tasks.core.errors import UnreachableError
-
-    resolved, _ = load_config(config, sets)
-    found = probe(resolved)
-    shown = terminal.table(None, "role", "server", "model", "seeds", "custom processors", "SGLang", whole=("server",))
-    for role, url, facts in found:
-        if isinstance(facts, WinnowError):
-            shown.add_row(role, url, f"[red]{escape(str(facts))}[/red]", "", "", "")
-        else:
-            shown.add_row(role, url, escape(facts.model_path or "?"), "honoured" if facts.honours_seeds else "ignored",
-                          "yes" if facts.custom_processors else "no", str(facts.info.get("version", "?")))
-    terminal.out.print(shown)
-    if not any(not isinstance(f, WinnowError) for _, _, f in found):
-        raise UnreachableError("no server of this config answers")
-
-
-@servers_app.command("down")
-def servers_down(config: ConfigArg, sets: SetOption = None) -> None:
-    """Stop the servers that Winnow started on this machine, and only those."""
-    from flows.servers import down
-
-    resolved, _ = load_config(config, sets)
-    stopped = down(resolved)
-    for record in stopped:
-        terminal.out.print(f"stopped the {record.role} server at {record.url} (process {record.pid})")
-    if not stopped:
-        terminal.out.print("no server of ours is running")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from flows.prepare import update_run
-from tasks.context import Context, reopen
+from tasks.context import ROLES, RUN_JSON, Context, reopen
 from tasks.core.config import Launch, RunConfig, ServerConfig
 from tasks.core.errors import InputError, UnreachableError, WinnowError
 from tasks.core.store import Store
-from tasks.serving import launcher
-from tasks.serving.client import ServerFacts
-from tasks.serving.compile import compile_heuristic
-from tasks.serving.pool import ServerPool
+from tasks.serving import launcher, membership
+from tasks.serving.client import ServerFacts, SGLangClient
+from tasks.serving.compile import recording, unfit
+from tasks.serving.failures import RequestFailed
 
 log = logging.getLogger("winnow.servers")
 
 Notice = Callable[[str], None]
-ROLES = ("generator", "judge")
+Address = tuple[str, int | None]
+"""A server's url and the most requests in flight there; None: to be found out."""
 
 # What of /server_info goes into run.json: what can shape a token, and never a key or a password.
 _RECORDED = ("version", "model_path", "revision", "dtype", "quantization", "context_length", "max_total_num_tokens",
@@ -41,7 +42,7 @@ def state_dir(config: RunConfig) -> Path:
     return Path(store.root) / ".servers" if store.local else Path.home() / ".local/state/winnow/servers"
 
 
-def specs(config: RunConfig, role: str) -> list[tuple[launcher.LaunchSpec, int]]:
+def specs(config: RunConfig, role: str) -> list[tuple[launcher.LaunchSpec, int | None]]:
     """What to launch for a role, each with its most requests in flight."""
     out = []
     servers: list[ServerConfig] = getattr(config.servers, role)
@@ -72,11 +73,16 @@ def running(ctx: Context, notice: Notice) -> Iterator[Context]:
     try:
         places = {role: _addresses(config, role, started, notice) for role in ROLES}
         places["judge"] = places["judge"] or places["generator"]
-        facts = {role: _facts(ctx, addresses) for role, addresses in places.items()}
-        _check(ctx, facts["generator"])
-        update_run(ctx.store, servers={role: [_record(f, places[role]) for f in found]
-                                       for role, found in facts.items()})
-        yield reopen(ctx.url)
+        changes = membership.read(ctx.store)  # of an earlier process of this run
+        places = {role: membership.apply(addresses, changes, role) for role, addresses in places.items()}
+        facts = {role: _facts(addresses) for role, addresses in places.items()}
+        _check(ctx, [f for f in facts["generator"] if isinstance(f, ServerFacts)])
+        update_run(ctx.store, servers={
+            role: [_record(address, f) for address, f in zip(places[role], found, strict=True)]
+            for role, found in facts.items()})
+        working = reopen(ctx.url)
+        yield working
+        _record_joined(working)
     finally:
         if started:
             notice(f"stopping {', '.join(record.url for record in started)}")
@@ -84,8 +90,22 @@ def running(ctx: Context, notice: Notice) -> Iterator[Context]:
                 list(stopping.map(launcher.stop, started))
 
 
-def _addresses(config: RunConfig, role: str, started: list[launcher.ServerRecord], notice: Notice
-               ) -> list[tuple[str, int]]:
+def _record_joined(ctx: Context) -> None:
+    """Servers that answered for the first time during the run: what they are belongs into `run.json` too."""
+    servers = ctx.store.read_json(RUN_JSON)["servers"]
+    changed = False
+    for role in ROLES:
+        known = {s["url"]: s for s in servers[role]}
+        for url, limit, facts in ctx.servers_seen(role):
+            if "model_path" not in known.get(url, {}):
+                known[url] = _record((url, limit), facts)
+                changed = True
+        servers[role] = list(known.values())
+    if changed:
+        update_run(ctx.store, servers=servers)
+
+
+def _addresses(config: RunConfig, role: str, started: list[launcher.ServerRecord], notice: Notice) -> list[Address]:
     """(url, most in flight) of a role's servers; starts those to launch that don't run yet."""
     servers: list[ServerConfig] = getattr(config.servers, role)
     out = [(s.url.rstrip("/"), s.max_in_flight) for s in servers if s.url]
@@ -103,8 +123,8 @@ def _addresses(config: RunConfig, role: str, started: list[launcher.ServerRecord
     return out
 
 
-def _start(missing: list[tuple[launcher.LaunchSpec, int]], folder: Path, started: list[launcher.ServerRecord],
-           notice: Notice) -> list[tuple[str, int]]:
+def _start(missing: list[tuple[launcher.LaunchSpec, int | None]], folder: Path, started: list[launcher.ServerRecord],
+           notice: Notice) -> list[Address]:
     models = ", ".join(sorted({Path(s.model).name for s, _ in missing}))
     gpus = ", ".join(f"GPU {s.gpu}" for s, _ in missing if s.gpu is not None)
     count = "a server" if len(missing) == 1 else f"{len(missing)} servers"
@@ -120,44 +140,61 @@ def _start(missing: list[tuple[launcher.LaunchSpec, int]], folder: Path, started
     return [(r.url, limit) for r, (_, limit) in zip(records, missing, strict=True)]
 
 
-def _facts(ctx: Context, addresses: list[tuple[str, int]]) -> list[ServerFacts]:
-    """What each server that answers says of itself. Raises UnreachableError when none does."""
-    return ctx.loop.run(lambda: _ask(addresses))
+def _facts(addresses: list[Address]) -> list[ServerFacts | RequestFailed]:
+    """What each server says of itself, or why it does not. Raises UnreachableError when none does."""
+    found = asyncio.run(_ask([url for url, _ in addresses]))
+    for (url, _), fact in zip(addresses, found, strict=True):
+        if isinstance(fact, RequestFailed):
+            log.warning("%s does not answer: %s", url, fact)
+    if not any(isinstance(f, ServerFacts) for f in found):
+        lines = [f"  {url}: {why}" for (url, _), why in zip(addresses, found, strict=True)]
+        raise UnreachableError("no server answers:\n" + "\n".join(lines))
+    return found
 
 
 def require_reachable(config: RunConfig) -> None:
     """Raises UnreachableError if a role has only `url` servers and none of them answers."""
+    changes = membership.read(Store(config.url))
     for role in ROLES:
         servers: list[ServerConfig] = getattr(config.servers, role)
         if servers and not any(s.launch for s in servers):
-            asyncio.run(_ask([(str(s.url), 1) for s in servers]))
+            _facts(membership.apply([(str(s.url).rstrip("/"), None) for s in servers], changes, role))
 
 
-async def _ask(addresses: list[tuple[str, int]]) -> list[ServerFacts]:
-    pool = ServerPool(addresses, attempts=1, timeout_s=10, wait_s=0)
-    try:
-        return await pool.facts()
-    finally:
-        await pool.close()
+async def _ask(urls: list[str]) -> list[ServerFacts | RequestFailed]:
+    async def one(url: str) -> ServerFacts | RequestFailed:
+        client = SGLangClient(url)
+        try:
+            return await client.facts()
+        except RequestFailed as error:
+            return error
+        finally:
+            await client.close()
+
+    return await asyncio.gather(*map(one, urls))
 
 
-def _record(facts: ServerFacts, places: list[tuple[str, int]]) -> dict[str, Any]:
-    return {"url": facts.url, "max_in_flight": dict(places)[facts.url], "honours_seeds": facts.honours_seeds,
-            "custom_processors": facts.custom_processors, "model_path": facts.model_path,
-            "info": {k: facts.info[k] for k in _RECORDED if k in facts.info}}
+def ask_one(url: str) -> ServerFacts | RequestFailed:
+    """What a server says of itself, or why it does not."""
+    return asyncio.run(_ask([url]))[0]
+
+
+def _record(address: Address, facts: ServerFacts | RequestFailed) -> dict[str, Any]:
+    """A server as `run.json` has it; without facts while it has not answered."""
+    out: dict[str, Any] = {"url": address[0], "max_in_flight": address[1]}
+    if isinstance(facts, ServerFacts):
+        out |= {"honours_seeds": facts.honours_seeds, "custom_processors": facts.custom_processors,
+                "model_path": facts.model_path, "info": {k: facts.info[k] for k in _RECORDED if k in facts.info}}
+    return out
 
 
 def _check(ctx: Context, generators: list[ServerFacts]) -> None:
     """Can these servers do what the heuristics need? Raises InputError before a candidate is asked for."""
-    honours = any(f.honours_seeds for f in generators)
-    need = [h.name for h in ctx.heuristics if compile_heuristic(h, honours).custom_params is not None]
-    without = [f.url for f in generators if not f.custom_processors]
-    if need and without:
-        more = f" and {len(need) - 3} more" if len(need) > 3 else ""
-        raise InputError(
-            f"servers.generator: {', '.join(without)} runs without custom logit processors, which {len(need)} of "
-            f"{len(ctx.heuristics)} heuristics need ({', '.join(need[:3])}{more}); start it with "
-            "--enable-custom-logit-processor (only on an address you trust), or choose other heuristics")
+    wrong = [f"servers.generator: {f.url}: {why}" for f in generators if (why := unfit(f, ctx.heuristics))]
+    if wrong:
+        raise InputError("\n".join(wrong))
+    if ctx.config.generation.sampling_mask:
+        log.warning("%s", recording(generators, ctx.heuristics))
     for facts in generators:
         if not facts.honours_seeds:
             log.warning("%s ignores seeds (no --enable-deterministic-inference): its rows can't be made again, and "
@@ -198,14 +235,12 @@ def probe(config: RunConfig) -> list[tuple[str, str, ServerFacts | WinnowError]]
     for role in ROLES:
         urls = [s.url.rstrip("/") for s in getattr(config.servers, role) if s.url]
         for spec, _ in specs(config, role):
-            found = [r.url for r in known if (r.role, r.spec_digest) == (role, spec.digest) and r.url not in urls]
-            if found:
-                urls.append(found[0])
+            running = [r.url for r in known if (r.role, r.spec_digest) == (role, spec.digest) and r.url not in urls]
+            if running:
+                urls.append(running[0])
             else:
                 out.append((role, "-", UnreachableError("to be launched by the run; not running now")))
         for url in urls:
-            try:
-                out.append((role, url, asyncio.run(_ask([(url, 1)]))[0]))
-            except UnreachableError as error:
-                out.append((role, url, error))
+            found = ask_one(url)
+            out.append((role, url, found if isinstance(found, ServerFacts) else UnreachableError(str(found))))
     return out

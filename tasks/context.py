@@ -6,7 +6,9 @@ same task runs in a thread here or in a worker on another machine.
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from pathlib import Path
 from typing import Any
 
 from tasks.core.config import RunConfig
@@ -14,10 +16,17 @@ from tasks.core.errors import InputError, InterruptedRun
 from tasks.core.heuristics import Heuristic, parse_processor
 from tasks.core.progress import Progress
 from tasks.core.store import Store
-from tasks.core.tokenizer import load_tokenizer
-from tasks.serving.pool import Loop, ServerPool
+from tasks.core.tokenizer import load_tokenizer, vocabulary_size
+from tasks.serving import membership
+from tasks.serving.client import ServerFacts
+from tasks.serving.compile import unfit
+from tasks.serving.fleet import Limits
+from tasks.serving.loop import Loop
+from tasks.serving.pool import ServerPool
 
 RUN_JSON = "run.json"
+ROLES = ("generator", "judge")
+_FOLLOW_EVERY_S = 2.0
 
 
 class Context:
@@ -56,26 +65,58 @@ class Context:
         """The judge's tokenizer."""
         return load_tokenizer(self.config.judge_model, "quality.model.path")
 
-    @property
-    def honours_seeds(self) -> bool:
-        """Whether any generator runs in deterministic mode, as `run.json` has it from the servers."""
-        return any(f["honours_seeds"] for f in self.raw["servers"]["generator"])
-
     def pool(self, role: str) -> ServerPool:
         """The servers of `generator` or `judge`; one pool where both are the same servers."""
+        loop = self.loop
         with self._lock:
-            servers = [(s["url"], s["max_in_flight"]) for s in self.raw["servers"][role]]
-            name = str(sorted(servers))
-            if name not in self._pools:
+            if role not in self._pools:
+                roles = [r for r in ROLES if self.servers(r) == self.servers(role)]
                 limits = self.config.limits
-                self._pools[name] = ServerPool(servers, attempts=limits.attempts, timeout_s=limits.request_timeout_s,
-                                               wait_s=limits.wait_for_servers_s)
-            return self._pools[name]
+                pool = ServerPool(
+                    self.servers(role),
+                    Limits(limits.attempts, limits.request_timeout_s, limits.request_deadline_s,
+                           limits.wait_for_servers_s),
+                    admit=lambda facts: self.unfit(facts, roles),
+                    vocab=vocabulary_size(self.config.model, self.tokenizer) if "generator" in roles else None)
+                self._pools |= dict.fromkeys(roles, pool)
+                self.progress.watch(role, lambda: pool.loads(role))
+                loop.spawn(lambda: self._follow(pool, role))
+            return self._pools[role]
+
+    def servers(self, role: str) -> list[tuple[str, int | None]]:
+        """(url, most requests in flight) of a role's servers: those of the config and those that joined, without those
+        that left."""
+        given = [(s["url"], s["max_in_flight"]) for s in self.raw["servers"][role]]
+        return membership.apply(given, membership.read(self.store), role)
+
+    def servers_seen(self, role: str) -> list[tuple[str, int | None, ServerFacts]]:
+        """(url, most in flight, facts) of a role's servers that this process has asked."""
+        pool = self._pools.get(role)
+        return [(s.url, s.given, s.facts) for s in pool.fleet.servers if s.facts] if pool else []
+
+    async def _follow(self, pool: ServerPool, role: str) -> None:
+        """Let servers join and leave while the run goes on."""
+        known = await asyncio.to_thread(self.servers, role)
+        while True:
+            await asyncio.sleep(_FOLLOW_EVERY_S)
+            if (now := await asyncio.to_thread(self.servers, role)) != known:
+                known = now
+                pool.update(now)
+
+    def unfit(self, facts: ServerFacts, roles: list[str]) -> str | None:
+        """Why a server that answers can't work for all of the roles, or None."""
+        for role in roles:
+            wanted = self.config.judge_model.path if role == "judge" else self.config.model.path
+            known = {s["model_path"] for s in self.raw["servers"][role] if s.get("model_path")}
+            names = {Path(name).name for name in (wanted, *known)}
+            if facts.model_path and Path(facts.model_path).name not in names:
+                return f"it serves {facts.model_path}, the {role}'s model is {wanted}"
+        return unfit(facts, self.heuristics) if "generator" in roles else None
 
     def close(self) -> None:
         """Stop the requests and close the connections."""
         with self._lock:
-            loop, pools = self._loop, list(self._pools.values())
+            loop, pools = self._loop, set(self._pools.values())
         if loop is not None:
             loop.stop()
             for pool in pools:

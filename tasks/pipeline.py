@@ -5,7 +5,7 @@ from __future__ import annotations
 from tasks.context import Context
 from tasks.core.config import RunConfig
 from tasks.generation.candidates import Candidates
-from tasks.generation.verify import Verified
+from tasks.generation.verify import FINAL, Verified
 from tasks.labels import labellers
 from tasks.publish.dataset import FOLDER
 from tasks.publish.score import Scores
@@ -25,10 +25,10 @@ def stages_of(config: RunConfig) -> list[str]:
 
 
 def pending(ctx: Context) -> list[str]:
-    """What is still to do, in words; empty for a finished run."""
+    """What is still to do, in words; empty for a finished run. Reads every file: one that changed is made again."""
     out = []
     for name in stages_of(ctx.config):
-        missing = sum(not is_done(stage(name), ctx, shard) for shard in range(ctx.shards))
+        missing = sum(not is_done(stage(name), ctx, shard, deep=True) for shard in range(ctx.shards))
         if missing:
             out.append(f"{name} ({missing} of {ctx.shards} shards)")
             break  # what follows has no keys yet
@@ -40,17 +40,34 @@ def pending(ctx: Context) -> list[str]:
 
 
 def _dataset_stands(ctx: Context) -> bool:
-    """Whether the card and every split that was written are there, whole by their size."""
+    """Whether the card and every split that was written are there as they were written."""
     made = [f"{FOLDER}/{name}" for name in ("README.md", "train.parquet", "validation.parquet")]
     manifests = [m for path in made if (m := ctx.store.manifest(path))]
     return ctx.store.exists(made[0]) and all(
-        ctx.store.state(m.path, m.key, deep=False) == "done" for m in manifests)
+        ctx.store.state(m.path, m.key) == "done" for m in manifests)
+
+
+def reconsider(ctx: Context) -> int:
+    """Owe again the verification of shards whose failed candidates another attempt may mend; how many candidates.
+
+    For a run that finished below its threshold and is called again: its servers may be better now.
+    """
+    if ctx.config.limits.incomplete_prompts != "repair":
+        return 0
+    owed = 0
+    for shard in range(ctx.shards):
+        manifest = ctx.store.manifest(path := shard_file("verified", shard))
+        mendable = sum(n for kind, n in manifest.facts["defects"].items() if kind not in FINAL) if manifest else 0
+        if mendable:
+            ctx.store.forget(path)
+            owed += mendable
+    return owed
 
 
 def needs_servers(ctx: Context) -> bool:
     """Whether a stage that asks servers has shards left."""
     asking = [Candidates.name, Verified.name, *(["quality"] if "quality" in ctx.config.labels else [])]
-    return any(not is_done(stage(name), ctx, shard) for name in asking for shard in range(ctx.shards))
+    return any(not is_done(stage(name), ctx, shard, deep=True) for name in asking for shard in range(ctx.shards))
 
 
 def shortfall(ctx: Context) -> str | None:

@@ -88,8 +88,8 @@ class ServerConfig(Section):
     """Address of a running SGLang server, such as http://10.0.0.1:30000."""
     launch: Launch | None = None
     """Start one (or one per GPU) with these settings, stop it at the end."""
-    max_in_flight: int = Field(default=32, ge=1, le=4096)
-    """Most requests in flight at this server."""
+    max_in_flight: int | None = Field(default=None, ge=1, le=4096)
+    """Most requests in flight at this server; found out while running where not given."""
 
     @model_validator(mode="after")
     def _one_way(self) -> ServerConfig:
@@ -184,6 +184,9 @@ class Generation(Section):
     """System message in front of every prompt that brings none."""
     stop: list[str] = []
     """Texts that end an answer."""
+    sampling_mask: bool = False
+    """Record the token ids that the engine kept at each step, and the exact log-probability of the sampled one, where
+    it can: native top_k."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Generation:
@@ -191,6 +194,13 @@ class Generation(Section):
             raise ValueError(f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens "
                              f"({self.max_new_tokens})")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """The part that decides which tokens are asked for, and so the candidates' ids.
+
+        Not `sampling_mask`: a candidate is the same whether or not what the engine kept is recorded beside it.
+        """
+        return self.model_dump(mode="json", exclude={"sampling_mask"})
 
 
 class Quality(Section):
@@ -278,11 +288,13 @@ class Limits(Section):
     incomplete_prompts: Literal["repair", "drop", "keep"] = "repair"
     """A prompt with failed cells: ask for those cells once more, leave the prompt out, or keep it."""
     request_timeout_s: float = Field(default=300, gt=0)
-    """Seconds until a request counts as timed out."""
+    """Seconds until one attempt at a request counts as timed out."""
     attempts: int = Field(default=4, ge=1)
-    """Times a request is tried before its row is a failure."""
+    """Times a request may fail before its row is a failure (a server that is full or gone is no failure)."""
+    request_deadline_s: float = Field(default=1800, gt=0)
+    """Seconds of attempts and pauses, all together, until a request's row is a failure."""
     wait_for_servers_s: float = Field(default=60, ge=0)
-    """Seconds to wait when no server answers, then exit code 4."""
+    """Seconds to wait when no server works, then exit code 4."""
 
 
 class Engine(Section):
@@ -368,11 +380,16 @@ class RunConfig(Section):
     def identity(self) -> dict[str, Any]:
         """The part of the config that decides the dataset's rows.
 
-        Servers, limits, worker counts and folders may change between two runs under one name.
+        Servers, limits, worker counts and folders may change between two runs under one name. Recording the sampling
+        mask changes no token, but a run whose rows have it in part is no use: where on, it is part of this, and not of
+        the candidates' ids.
         """
         out = self.model_dump(mode="json", exclude={
             "run", "runs_dir", "servers", "limits", "dataset", "diversity", "verifiers", "engine",
         })
+        out["generation"] = self.generation.identity()
+        if self.generation.sampling_mask:
+            out["generation"]["sampling_mask"] = True
         out["diversity"] = {"embedding_model": self.diversity.embedding_model}
         out["dataset"] = {"validation": self.dataset.validation, "license": self.dataset.license}
         out["engine"] = {"shard_prompts": self.engine.shard_prompts}

@@ -33,6 +33,10 @@ class InterruptedRun(WinnowError):
     exit_code = 130
 
 
+class StorageError(InterruptedRun):
+    """Nothing can be written any more: a full disk, a quota. What was written stands; mend it and resume."""
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """`, did you mean 'x'?` or a full stop, to end a sentence that names an unknown word."""
     import difflib

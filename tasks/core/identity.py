@@ -33,3 +33,18 @@ def request_seed(run_seed: int, prompt: str, heuristic: str, seed: int) -> int:
     """The sampling seed of one request, in [0, 2**62): never shared between requests (to a hash
     collision), and the same however prompts are sharded or servers counted."""
     return int(digest("seed", run_seed, prompt, heuristic, seed, size=8), 16) >> 2
+
+
+class CellIds:
+    """`candidate_id` and `request_seed` of many cells under one config, at a fraction of the cost."""
+
+    def __init__(self, run_seed: int, model: str, revision: str | None, generation: dict[str, Any]) -> None:
+        self._seed_head = f'["seed",{canonical(run_seed)},'
+        self._tail = "," + canonical([model, revision, generation])[1:]
+
+    def __call__(self, prompt: str, heuristic: str, seed: int) -> tuple[str, int]:
+        """(candidate_id, request_seed) of a cell; the ids must be hex, as digests are."""
+        cell = f'"{prompt}","{heuristic}",{seed}'
+        name = hashlib.blake2b(f'["candidate",{cell}{self._tail}'.encode(), digest_size=16).hexdigest()
+        drawn = hashlib.blake2b(f"{self._seed_head}{cell}]".encode(), digest_size=8).digest()
+        return name, int.from_bytes(drawn, "big") >> 2

@@ -49,6 +49,11 @@ CANDIDATES = pa.schema([
     _field("output_logprobs", pa.list_(pa.float32()),
            "log-probability (nats) of each output id as the server reports it: after temperature and custom "
            "processors, before native top_k, top_p and min_p"),
+    _field("kept_ids", pa.list_(pa.list_(pa.int32())),
+           "per output id, the ids that the engine's truncation kept, likeliest first; null: not recorded"),
+    _field("kept_logprobs", pa.list_(pa.float32()),
+           "log-probability (nats) of each output id among kept_ids, as it was drawn: after temperature, renormalised; "
+           "null: not recorded"),
     _field("finish_reason", pa.string(), "stop, length or abort, from the server"),
     _field("status", pa.string(), "ok, or a typed failure", nullable=False),
     _field("error", pa.string(), "the failure's text"),
@@ -123,8 +128,8 @@ SCORES = pa.schema([
 ])
 
 _FROM_CANDIDATES = ("candidate_id", "prompt_id", "heuristic_id", "seed", "source", "prompt_ids", "output_ids",
-                    "text", "output_logprobs", "finish_reason", "model", "request_seed", "seed_effective",
-                    "dialect", "sampling_params", "completion_tokens")
+                    "text", "output_logprobs", "kept_ids", "kept_logprobs", "finish_reason", "model", "request_seed",
+                    "seed_effective", "dialect", "sampling_params", "completion_tokens")
 
 DATASET = pa.schema([
     *(CANDIDATES.field(name) for name in _FROM_CANDIDATES),
@@ -146,7 +151,7 @@ def table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     for row in rows:
         if unknown := set(row) - known:
             raise KeyError(f"columns not in the schema: {', '.join(sorted(unknown))}")
-    return pa.table({f.name: pa.array([r.get(f.name) for r in rows], f.type) for f in schema}, schema=schema)
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 def with_signatures(schema: pa.Schema, signatures: Mapping[str, str]) -> pa.Schema:

@@ -9,6 +9,7 @@ a tree of their own, so that every data folder holds nothing but data.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -23,13 +24,16 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import fsspec
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.core.errors import InputError
+from tasks.core.errors import InputError, StorageError
 from tasks.core.identity import digest
 
 log = logging.getLogger("winnow.store")
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 State = Literal["done", "missing", "stale", "damaged"]
 
@@ -92,7 +96,27 @@ class Store:
                 parquet = pq.ParquetFile(stack.enter_context(self.open(relative)), pre_buffer=False)
             if row_group is None:
                 return parquet.read(columns=columns, use_threads=self.local)
-            return parquet.read_row_group(row_group, columns=columns, use_threads=self.local)
+            return parquet.read_row_group(row_group, columns=columns, use_threads=False)  # small: threads cost more
+
+    def groups(self, relative: str) -> int:
+        """Row groups of a Parquet file."""
+        with self.open(relative) as file:
+            return pq.ParquetFile(file).num_row_groups
+
+    def salvage(self, relative: str) -> Iterator[pa.Table]:
+        """The row groups of a Parquet file that can't be trusted as a whole: those whose checksums hold."""
+        try:
+            with self.open(relative) as file:
+                content = pa.py_buffer(file.read())
+            groups = pq.ParquetFile(content, page_checksum_verification=True).num_row_groups
+        except (OSError, ValueError, pa.ArrowException) as error:
+            log.warning("%s: nothing of it can be read: %s", self.display(relative), _first_line(error))
+            return
+        for n in range(groups):
+            try:
+                yield pq.ParquetFile(content, page_checksum_verification=True).read_row_group(n, use_threads=False)
+            except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: a name that is no UTF-8 any more
+                log.warning("%s: row group %d is lost: %s", self.display(relative), n, _first_line(error))
 
     def read_json(self, relative: str) -> Any:
         """A JSON file, or None where there is none."""
@@ -109,7 +133,11 @@ class Store:
         except ValueError:
             log.warning("%s: its manifest is damaged; the file will be made again", relative)
             return None
-        return Manifest(**raw) if raw else None
+        try:
+            return Manifest(**raw) if raw else None
+        except TypeError:  # JSON, but no manifest
+            log.warning("%s: its manifest is damaged; the file will be made again", relative)
+            return None
 
     def state(self, relative: str, key: str, deep: bool = True) -> State:
         """Whether the file stands for `key`; `deep` reads it and compares digests."""
@@ -137,18 +165,37 @@ class Store:
 
     def write_batches(self, relative: str, tables: Iterator[pa.Table], schema: pa.Schema, key: str,
                       **facts: Any) -> Manifest:
-        """Write tables as they come, a row group each, into one Parquet file; then its manifest."""
+        """Write tables as they come, a row group each, into one Parquet file; then its manifest.
+
+        A fact may be a function: it is called once all tables are written.
+        """
         rows = 0
-        with tempfile.TemporaryFile(dir=self._scratch()) if not self.local else _aside(self.path(relative)) as out:
-            with pq.ParquetWriter(out, schema, compression="zstd") as writer:
+        with self._writing(relative), self._target(relative) as out:
+            # checksums: what is left of a damaged file can then be told from what is lost
+            with pq.ParquetWriter(out, schema, compression="zstd", write_page_checksum=True,
+                                  use_dictionary=_repetitive(schema)) as writer:  # pyright: ignore[reportArgumentType]
                 for table in tables:
                     rows += table.num_rows
                     writer.write_table(table, row_group_size=max(1, table.num_rows))
-            return self._publish(relative, out, key, rows, facts)
+            known = {name: fact() if callable(fact) else fact for name, fact in facts.items()}
+            return self._publish(relative, out, key, rows, known)
+
+    def _target(self, relative: str) -> Any:
+        return _aside(self.path(relative)) if self.local else tempfile.TemporaryFile(dir=self._scratch())
+
+    @contextlib.contextmanager
+    def _writing(self, relative: str) -> Iterator[None]:
+        """A disk that is full is an error with a message for people."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise storage_error(error, self.display(relative)) from error
+            raise
 
     def write_bytes(self, relative: str, content: bytes, key: str, **facts: Any) -> Manifest:
         """Write any file and its manifest."""
-        with io.BytesIO(content) if not self.local else _aside(self.path(relative)) as out:
+        with self._writing(relative), io.BytesIO(content) if not self.local else _aside(self.path(relative)) as out:
             if self.local:
                 out.write(content)
             return self._publish(relative, out, key, None, facts)
@@ -159,7 +206,7 @@ class Store:
         if not self.local:
             self.fs.pipe_file(self.path(relative), content)
             return
-        with _aside(self.path(relative)) as out:
+        with self._writing(relative), _aside(self.path(relative)) as out:
             out.write(content)
             out.commit()
 
@@ -204,7 +251,8 @@ class Store:
         """A local folder for what can't be appended to or renamed over a URL."""
         base = Path(self.root) if self.local else (
             Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "winnow" / digest(self.url))
-        base.mkdir(parents=True, exist_ok=True)
+        with self._writing(""):
+            base.mkdir(parents=True, exist_ok=True)
         return base
 
     def journal(self, relative: str) -> Journal:
@@ -225,6 +273,15 @@ class Store:
 
 
 _ASIDE = ".winnow-tmp"
+
+
+def _repetitive(schema: pa.Schema) -> list[str]:
+    """The columns for which a dictionary pays: texts often repeat, numbers and lists of numbers never do."""
+    return [field.name for field in schema if pa.types.is_string(field.type)]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _manifest_path(relative: str) -> str:
@@ -258,48 +315,125 @@ class _aside:
             os.close(folder)
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
-        if os.path.exists(self.temporary):
-            os.unlink(self.temporary)
+        try:
+            self.file.close()  # which writes what is buffered, and so fails once more on a full disk
+        finally:
+            if os.path.exists(self.temporary):
+                os.unlink(self.temporary)
 
 
 class Journal:
-    """An append-only JSONL file of finished requests; a torn last line is owed again."""
+    """An append-only JSONL file of finished requests; a torn line is owed again.
+
+    Records are found again by their place, (offset, size) of their line in bytes, so that a long journal is never held
+    in memory.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: IO[bytes] | None = None
+        self._reader: IO[bytes] | None = None
+        self._end = 0
+        self._queued: list[bytes] = []
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The whole lines; what a kill tore is skipped."""
+        return (record for _, record in self.scan())
+
+    def scan(self) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+        """The whole lines, each with its place; what a kill tore is skipped."""
         if not self.path.exists():
             return
+        offset = 0
         with self.path.open("rb") as file:
             for line in file:
                 try:
-                    yield json.loads(line)  # no proper part of an object's JSON is JSON: a torn line never parses
+                    # no proper part of an object's JSON is JSON: a torn line never parses
+                    record = orjson.loads(line)
                 except ValueError:
-                    log.info("%s: a torn line is asked for again", self.path)
+                    record = None
+                if isinstance(record, dict):
+                    yield (offset, len(line)), record
+                else:
+                    log.warning("%s: a torn line at byte %d is asked for again", self.path, offset)
+                offset += len(line)
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Write one line with a single system call, so that a kill loses at most that line."""
+    def at(self, offset: int, size: int) -> dict[str, Any]:
+        """The record at a place."""
+        if self._reader is None:
+            self._reader = self.path.open("rb", buffering=0)
+        return orjson.loads(os.pread(self._reader.fileno(), size, offset))
+
+    def append(self, record: dict[str, Any]) -> tuple[int, int]:
+        """Write one line with a single system call, so that a kill loses at most that line; its place.
+
+        Raises StorageError when it can't be written.
+        """
+        place = self.queue(record)
+        self.flush()
+        return place
+
+    def queue(self, record: dict[str, Any]) -> tuple[int, int]:
+        """Hold a line back until `flush`, so that several become one system call; the place it will have."""
+        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
         if self._file is None:
+            self._open()
+        offset = self._end
+        self._queued.append(line)
+        self._end += len(line)
+        return offset, len(line)
+
+    def flush(self) -> None:
+        """Write what was queued. Raises StorageError when it can't be written."""
+        if not self._queued:
+            return
+        lines, self._queued = self._queued, []
+        if self._file is None:
+            self._open()
+        assert self._file is not None
+        try:
+            _write(self._file, b"".join(lines))
+        except OSError as error:
+            self.close()  # it may end in a torn line now
+            raise storage_error(error, str(self.path)) from error
+
+    def _open(self) -> None:
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)
-            if self._file.tell() and not _ends_line(self.path):
-                self._file.write(b"\n")  # close the torn line, or it would eat ours
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            self._end = self._file.tell()
+            if self._end and not _ends_line(self.path):
+                _write(self._file, b"\n")  # close the torn line, or it would eat ours
+                self._end += 1
+        except OSError as error:
+            self.close()
+            raise storage_error(error, str(self.path)) from error
 
     def close(self) -> None:
-        """Close the file; `append` opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close the file, without what is queued; `append` and `at` open it again."""
+        self._queued.clear()
+        for file in (self._file, self._reader):
+            if file is not None:
+                file.close()
+        self._file = self._reader = None
 
     def remove(self) -> None:
         """Forget everything: the file that it led to stands."""
         self.close()
         self.path.unlink(missing_ok=True)
+
+
+def _write(file: IO[bytes], content: bytes) -> None:
+    """All of it in one call, or OSError: a disk that fills takes a part of a line and says so by the count alone."""
+    written = file.write(content)
+    if written != len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def storage_error(error: OSError, path: str) -> StorageError:
+    """What to tell a person when nothing can be written at `path`."""
+    return StorageError(f"{path}: cannot be written: {error.strerror or error}; what was written stands: make room and "
+                        "run the same command again to go on")
 
 
 def _ends_line(path: Path) -> bool:
@@ -318,7 +452,12 @@ class RunLock:
     def __enter__(self) -> RunLock:
         import fcntl
 
-        self._file = self.path.open("a+")
+        try:
+            self._file = self.path.open("a+")
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise storage_error(error, str(self.path)) from error
+            raise
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -326,9 +465,9 @@ class RunLock:
             owner = self._file.read().strip() or "another process"
             raise InputError(f"{self.run}: already being worked on by {owner}; wait for it, or choose another "
                              "name with --run") from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()}")
-        self._file.flush()
+        with contextlib.suppress(OSError):  # a full disk: the name is for people, the lock holds without it
+            self._file.truncate(0)
+            os.write(self._file.fileno(), f"process {os.getpid()}".encode())
         return self
 
     def __exit__(self, *_: object) -> None:

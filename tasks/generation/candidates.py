@@ -1,118 +1,101 @@
 """Fan-out: every (prompt, heuristic, seed) of a shard asked once; an answer or a failure, each is a row.
 
-Finished requests are appended to a journal, one line each, so that a killed run repeats only what was in
-flight; when a seed's cells are all there they become a Parquet file and the journal goes.
+Answers are journalled as they come, so that a killed run repeats only what was in flight; when all of a shard's cells
+have one, they become a Parquet file a seed and the journal goes.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
+import orjson
 
 from tasks.context import Context
-from tasks.core import schema
-from tasks.core.heuristics import Heuristic
-from tasks.core.identity import candidate_id, digest, request_seed
-from tasks.core.tokenizer import decode
+from tasks.core.identity import digest
+from tasks.generation.answers import Answers, Leftovers, salvage, write_seed
+from tasks.generation.grid import Cell, Grid
 from tasks.generation.prompts import read_shard
-from tasks.serving.compile import Compiled, compile_heuristic
-from tasks.serving.pool import Outcome, gather_all
+from tasks.serving.client import ServerFacts
+from tasks.serving.compile import Template, compile_heuristic, largest_mask
+from tasks.serving.pool import Outcome, Request
 from tasks.stage import shard_file
 
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One request of the grid."""
-
-    candidate_id: str
-    prompt: Row
-    heuristic: Heuristic
-    seed: int
-    request_seed: int
-
-
-def plan(ctx: Context, prompts: Iterable[Row]) -> Iterator[Cell]:
-    """The grid of the prompts, prompt-major: a prompt's requests share their prefix in the server's cache."""
-    config = ctx.config
-    generation = config.generation.model_dump(mode="json")
-    heuristics = [(h, h.id) for h in ctx.heuristics]
-    for prompt in prompts:
-        pid = prompt["prompt_id"]
-        for heuristic, hid in heuristics:
-            for seed in config.seeds:
-                yield Cell(
-                    candidate_id(pid, hid, seed, config.model.path, config.model.revision, generation),
-                    prompt, heuristic, seed, request_seed(config.run_seed, pid, hid, seed))
+log = logging.getLogger("winnow.generate")
 
 
 class Requester:
-    """Turns cells into requests and outcomes into rows."""
+    """Turns cells into requests and outcomes into answers."""
 
-    def __init__(self, ctx: Context) -> None:
-        self.ctx, self.pool = ctx, ctx.pool("generator")
-        self._compiled: dict[str, Compiled] = {h.id: compile_heuristic(h, ctx.honours_seeds) for h in ctx.heuristics}
-        self._honours = {f["url"]: f["honours_seeds"] for f in ctx.raw["servers"]["generator"]}
+    def __init__(self, ctx: Context, grid: Grid, answers: Answers, stage: str,
+                 attempts_before: Mapping[int, int] | None = None) -> None:
+        """`stage`: whose progress it is; `attempts_before`: by cell, when cells are asked again."""
+        self.ctx, self.grid, self.answers, self.stage = ctx, grid, answers, stage
+        self._before = attempts_before or {}
+        self._templates: dict[tuple[str, bool, int], Template] = {}
+        self._wants_masks = ctx.config.generation.sampling_mask
+        self._prompt: tuple[Any, str] = (None, "")
 
-    def payload(self, cell: Cell) -> Row:
-        """The request: ids in, every sampling field explicit, a seed of its own."""
-        compiled = self._compiled[cell.heuristic.id]
-        body = {
-            "input_ids": cell.prompt["prompt_ids"],
-            "sampling_params": compiled.sampling_params(self.ctx.config.generation, cell.request_seed),
-            "rid": cell.candidate_id, "return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": 0,
-            "stream": False,
-        }
-        return body | ({"custom_logit_processor": compiled.processor} if compiled.processor else {})
+    def ask(self, numbers: Iterable[int], count: int) -> None:
+        """Ask for the cells, with as many in flight as the servers take; returns when each has its answer.
 
-    async def ask(self, cell: Cell) -> Row:
-        """One cell asked; the row, whatever came of it. Raises UnreachableError when no server is left."""
-        payload = self.payload(cell)
-        outcome = await self.pool.generate(payload)
-        return self.row(cell, payload, outcome)
+        Only those in flight exist at a time, however long the plan. Raises UnreachableError, StorageError.
+        """
+        pool = self.ctx.pool("generator")
+        try:
+            self.ctx.loop.run(lambda: pool.ask_all(self._requests(numbers), count))
+        finally:
+            self.answers.settled()
 
-    def row(self, cell: Cell, payload: Row, outcome: Outcome) -> Row:
-        """The candidate row of an outcome."""
-        row: Row = {
-            "candidate_id": cell.candidate_id, "prompt_id": cell.prompt["prompt_id"],
-            "heuristic_id": cell.heuristic.id, "seed": cell.seed, "source": cell.prompt["source"],
-            "prompt_ids": cell.prompt["prompt_ids"], "attempts": outcome.attempts, "server": outcome.server,
-            "model": self.ctx.config.model.path, "request_seed": cell.request_seed,
-            "seed_effective": self._honours.get(outcome.server or "", None),
-            "dialect": self._compiled[cell.heuristic.id].dialect,
-            "sampling_params": json.dumps(payload["sampling_params"], sort_keys=True),
-        }
-        if outcome.failure is not None:
-            return row | {"status": outcome.failure.kind, "error": str(outcome.failure)}
-        reply = outcome.reply
-        assert reply is not None
-        text = decode(self.ctx.tokenizer, reply.output_ids)
-        empty = not text.strip()
-        return row | {
-            "output_ids": reply.output_ids, "text": text, "output_logprobs": reply.logprobs,
-            "finish_reason": reply.finish_reason, "latency_s": reply.latency_s,
-            "completion_tokens": len(reply.output_ids), "status": "empty" if empty else "ok",
-            "error": "the answer has no text" if empty else None,
-        }
+    def _requests(self, numbers: Iterable[int]) -> Iterator[Request]:
+        masked = self._masked if self._wants_masks else None
+        for number in numbers:
+            cell = self.grid.cell(number)
+            yield Request(partial(self._body, cell), partial(self._settle, cell), rid=cell.candidate_id,
+                          crashes=self.answers.crashes.get(number, 0), suspected=partial(self.answers.suspect, cell),
+                          masked=masked and partial(masked, cell))
 
+    def _template(self, cell: Cell, facts: ServerFacts) -> Template:
+        largest = largest_mask(facts) if self._wants_masks else 0
+        kind = (cell.heuristic_id, facts.honours_seeds, largest)
+        known = self._templates.get(kind)
+        if known is None:
+            compiled = compile_heuristic(cell.heuristic, facts.honours_seeds)
+            known = Template(compiled, self.ctx.config.generation, compiled.masked(largest))
+            self._templates[kind] = known
+        return known
 
-async def ask_all(requester: Requester, cells: Iterable[Cell], done: Callable[[Row], None]) -> None:
-    """Ask for all cells with as many in flight as the servers take; `done` gets each row as it comes.
+    def _masked(self, cell: Cell, facts: ServerFacts) -> bool:
+        return self._template(cell, facts).masked
 
-    Only that many requests exist at a time, however long the plan. The first exception stops all.
-    """
-    waiting = iter(cells)
+    def _body(self, cell: Cell, facts: ServerFacts) -> bytes:
+        if self.answers.failed:  # the disk filled with the answers whose places this one and its like take
+            raise self.answers.failed
+        if self._prompt[0] is not cell.prompt:  # neighbours share their prompt
+            self._prompt = (cell.prompt, orjson.dumps(cell.prompt["prompt_ids"]).decode())
+        template = self._template(cell, facts)
+        return template.body(self._prompt[1], cell.candidate_id, cell.request_seed)
 
-    async def work() -> None:
-        for cell in waiting:
-            done(await requester.ask(cell))
-
-    await gather_all(work() for _ in range(requester.pool.capacity))
+    def _settle(self, cell: Cell, outcome: Outcome) -> None:
+        facts, reply, failure = outcome.facts, outcome.reply, outcome.failure
+        answer: dict[str, Any] = {
+            "status": failure.kind if failure else "ok", "error": str(failure) if failure else None,
+            "attempts": outcome.attempts + self._before.get(cell.number, 0), "server": outcome.server}
+        if facts is not None:
+            template = self._template(cell, facts)
+            answer |= {"seed_effective": facts.honours_seeds, "dialect": template.compiled.dialect,
+                       "sampling_params": template.sampling_params(cell.request_seed)}
+        if reply is not None:
+            answer |= {"output_ids": reply.output_ids, "output_logprobs": reply.logprobs,
+                       "finish_reason": reply.finish_reason, "latency_s": reply.latency_s}
+            if reply.kept_ids is not None:
+                answer |= {"kept_ids": reply.kept_ids, "kept_logprobs": reply.kept_logprobs}
+        self.answers.add(cell, answer)
+        self.ctx.progress.advance(self.stage, failure=failure.kind if failure else None,
+                                  tokens=len(reply.output_ids) if reply else 0)
 
 
 class Candidates:
@@ -124,6 +107,10 @@ class Candidates:
         """The file of one seed and shard."""
         return shard_file(f"candidates/seed={seed}", shard)
 
+    def journal(self, shard: int) -> str:
+        """Where the answers of a shard that is not whole yet lie."""
+        return f"candidates/shard-{shard:04d}.jsonl"
+
     def outputs(self, ctx: Context, shard: int) -> list[str]:
         """One file a seed."""
         return [self.path(seed, shard) for seed in ctx.config.seeds]
@@ -132,9 +119,9 @@ class Candidates:
         """The shard's prompts as sent, and all that shapes an answer."""
         prompts = read_shard(ctx.store, shard)
         config = ctx.config
-        return digest("candidates", 1, prompts.column("prompt_id").to_pylist(),
+        return digest("candidates", 3, prompts.column("prompt_id").to_pylist(),
                       prompts.column("prompt_ids").to_pylist(), [h.id for h in ctx.heuristics], config.run_seed,
-                      config.model.model_dump(), config.generation.model_dump())
+                      config.model.model_dump(), config.generation.model_dump(mode="json"))
 
     def size(self, ctx: Context, shard: int) -> int:
         """Requests."""
@@ -143,45 +130,39 @@ class Candidates:
         return prompts * len(ctx.heuristics) * len(ctx.config.seeds)
 
     def run(self, ctx: Context, shard: int) -> None:
-        """Ask for what the journals lack, then write each seed's file."""
-        cells = list(plan(ctx, read_shard(ctx.store, shard).to_pylist()))
-        key = self.key(ctx, shard)
-        journals = {s: ctx.store.journal(f"candidates/seed={s}/shard-{shard:04d}.jsonl") for s in ctx.config.seeds}
-        owed = {c.candidate_id for c in cells}
-        for seed in ctx.config.seeds:
-            if ctx.store.state(self.path(seed, shard), key) == "done":
-                had = {c.candidate_id for c in cells if c.seed == seed}
-            else:
-                had = owed & {row["candidate_id"] for row in journals[seed]}
-            owed -= had
-            ctx.progress.advance(self.name, len(had), already=True)
-
-        def done(row: Row) -> None:
-            journals[row["seed"]].append(row)
-            ctx.progress.advance(self.name, failed=row["status"] != "ok", tokens=row.get("completion_tokens") or 0)
-
-        requester = Requester(ctx)
+        """Ask for what is neither in the journal nor in a file, then write each seed's file."""
+        grid, key = Grid(ctx, shard), self.key(ctx, shard)
+        answers = Answers(ctx.store.journal(self.journal(shard)), grid)
+        owed = ~answers.have()
+        making: dict[int, Leftovers | None] = {}  # the seeds whose file is to be written, and what is left of it
+        for nth, seed in enumerate(grid.seeds):
+            path = self.path(seed, shard)
+            if ctx.store.state(path, key) == "done":
+                owed[nth::len(grid.seeds)] = False
+                continue
+            making[nth] = None
+            if ctx.store.exists(path):
+                making[nth] = left = salvage(ctx.store, path, grid, nth, ctx.tokenizer)
+                self._name_lost(ctx, path, grid, nth, left, answers)
+                owed[list(left)] = False
+        count = int(owed.sum())
+        ctx.progress.advance(self.name, len(grid) - count, already=True)
         try:
-            ctx.loop.run(lambda: ask_all(requester, (c for c in cells if c.candidate_id in owed), done))
+            Requester(ctx, grid, answers, self.name).ask(map(int, np.flatnonzero(owed)), count)
+            for nth, left in making.items():
+                write_seed(ctx, self.path(grid.seeds[nth], shard), key, grid, nth, answers.get,
+                           left.get if left else lambda _: None)
         finally:
-            for journal in journals.values():
-                journal.close()
-        for seed, journal in journals.items():
-            if ctx.store.state(self.path(seed, shard), key) != "done":
-                rows = {row["candidate_id"]: row for row in journal}
-                write_seed(ctx, shard, seed, [rows[c.candidate_id] for c in cells if c.seed == seed], key)
-            journal.remove()
+            answers.journal.close()
+        answers.journal.remove()
 
-
-def write_seed(ctx: Context, shard: int, seed: int, rows: list[Row], key: str) -> None:
-    """Write one seed's file in plan order, its counts by status in the manifest."""
-    statuses: dict[str, int] = {}
-    for row in rows:
-        statuses[row["status"]] = statuses.get(row["status"], 0) + 1
-    ctx.store.write_table(Candidates().path(seed, shard), schema.table(rows, schema.CANDIDATES), key,
-                          statuses=statuses)
-
-
-def read_candidates(ctx: Context, shard: int) -> pa.Table:
-    """A shard's candidates of all seeds."""
-    return pa.concat_tables([ctx.store.read(path) for path in Candidates().outputs(ctx, shard)])
+    def _name_lost(self, ctx: Context, path: str, grid: Grid, nth: int, left: Leftovers, answers: Answers) -> None:
+        """Say which cells of a file are gone, when they are few."""
+        have = answers.have()
+        cells = (cell for b in range(grid.blocks) for cell in grid.block(b, nth))
+        lost = [c for c in cells if c.number not in left and not have[c.number]]
+        if list(left) and lost:
+            names = "; ".join(f"prompt {c.prompt['prompt_id'][:12]}, {c.heuristic.name}, seed {c.seed}"
+                              for c in lost[:5])
+            log.warning("%s: %d candidates are missing and asked for again: %s%s", ctx.store.display(path), len(lost),
+                        names, "; …" if len(lost) > 5 else "")

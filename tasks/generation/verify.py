@@ -8,65 +8,31 @@ from __future__ import annotations
 
 import collections
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from tasks.context import Context
 from tasks.core import schema
-from tasks.core.tokenizer import decode
-from tasks.generation.candidates import Candidates, Cell, Requester, Row, ask_all, plan, read_candidates, write_seed
-from tasks.generation.prompts import read_shard
+from tasks.generation.answers import Answers, write_seed
+from tasks.generation.candidates import Candidates, Requester
+from tasks.generation.grid import CHECKED, Defect, Grid, Row, check
 from tasks.stage import inputs_key, shard_file
 
 log = logging.getLogger("winnow.verify")
 
 # asking again can't help: the same request gets the same answer, or may not be sent again
-FINAL = ("empty", "rejected", "poison")
+FINAL = ("empty", "rejected", "poison", "truncated", "too_long")
 _NAMED = 50
 
 
-@dataclass(frozen=True)
-class Defect:
-    """A cell of the grid that is not as it should be."""
-
-    cell: Cell
-    kind: str
-
-    def describe(self) -> dict[str, Any]:
-        """For the report: which cell and what is wrong."""
-        return {"candidate_id": self.cell.candidate_id, "prompt_id": self.cell.prompt["prompt_id"],
-                "heuristic": self.cell.heuristic.name, "seed": self.cell.seed, "defect": self.kind}
-
-
-def check(cells: list[Cell], rows: list[Row], tokenizer: Any, max_new_tokens: int) -> list[Defect]:
-    """Every defect of the grid: missing, duplicate, a failure's own status, undecodable, too_long, wrong_cell.
-
-    A pure function of the plan and the rows.
-    """
-    found: dict[str, list[Row]] = collections.defaultdict(list)
-    for row in rows:
-        found[row["candidate_id"]].append(row)
-    return [Defect(c, kind) for c in cells if (kind := _defect(c, found[c.candidate_id], tokenizer, max_new_tokens))]
-
-
-def _defect(cell: Cell, rows: list[Row], tokenizer: Any, max_new_tokens: int) -> str | None:
-    if len(rows) != 1:
-        return "duplicate" if rows else "missing"
-    row = rows[0]
-    if row["status"] != "ok":
-        return row["status"]
-    wanted = (cell.prompt["prompt_id"], cell.heuristic.id, cell.seed, cell.request_seed)
-    if (row["prompt_id"], row["heuristic_id"], row["seed"], row["request_seed"]) != wanted:
-        return "wrong_cell"
-    if len(row["output_ids"]) > max_new_tokens:
-        return "too_long"
-    return "undecodable" if decode(tokenizer, row["output_ids"]) != row["text"] else None
-
-
 class Verified:
-    """The stage: `verified/shard-<n>.parquet`, the candidates of all seeds with `usable`."""
+    """The stage: `verified/shard-<n>.parquet`, the candidates of all seeds in plan order, with `usable`.
+
+    A row group is a block of the grid: whole prompts, all heuristics and seeds of each.
+    """
 
     name, unit = "verify", "candidates"
 
@@ -76,7 +42,7 @@ class Verified:
 
     def key(self, ctx: Context, shard: int) -> str:
         """The candidates' bytes and the policy."""
-        return inputs_key(ctx.store, "verified", 1, Candidates().outputs(ctx, shard),
+        return inputs_key(ctx.store, "verified", 2, Candidates().outputs(ctx, shard),
                           ctx.config.limits.incomplete_prompts)
 
     def size(self, ctx: Context, shard: int) -> int:
@@ -85,51 +51,144 @@ class Verified:
 
     def run(self, ctx: Context, shard: int) -> None:
         """Check, repair by policy, write."""
-        config = ctx.config
-        cells = list(plan(ctx, read_shard(ctx.store, shard).to_pylist()))
-        rows = read_candidates(ctx, shard).to_pylist()
-        limit = config.generation.max_new_tokens
-        defects = check(cells, rows, ctx.tokenizer, limit)
-        repaired = 0
-        mendable = [d for d in defects if d.kind not in FINAL]
-        if mendable and config.limits.incomplete_prompts == "repair":
-            rows = self._repair(ctx, shard, cells, rows, mendable)
-            left = check(cells, rows, ctx.tokenizer, limit)
-            repaired, defects = len(defects) - len(left), left
-            log.info("shard %d: %d of %d defective cells mended", shard, repaired, repaired + len(left))
-        bad = {d.cell.candidate_id for d in defects}
-        dropped = sorted({d.cell.prompt["prompt_id"] for d in defects}) if (
-            config.limits.incomplete_prompts == "drop") else []
-        seen: set[str] = set()
-        for row in rows:
-            row["usable"] = not (row["candidate_id"] in bad or row["candidate_id"] in seen
-                                 or row["prompt_id"] in dropped)
-            seen.add(row["candidate_id"])
-        kinds = collections.Counter(d.kind for d in defects)
-        ctx.store.write_table(
-            self.outputs(ctx, shard)[0], schema.table(rows, schema.VERIFIED), self.key(ctx, shard),
-            planned=len(cells), usable=sum(r["usable"] for r in rows), defects=dict(kinds), repaired=repaired,
-            cells=[d.describe() for d in defects[:_NAMED]], dropped_prompts=dropped,
-            tokens=sum(r["completion_tokens"] or 0 for r in rows),
-            attempts=sum(r["attempts"] or 0 for r in rows))
-        ctx.progress.advance(self.name, len(cells), defects=len(defects), repaired=repaired)
+        ctx.store.journal(Candidates().journal(shard)).remove()  # the files stand: a kill may have left it
+        grid = Grid(ctx, shard)
+        repair = ctx.config.limits.incomplete_prompts == "repair"
+        again = ctx.store.journal(f"repair/shard-{shard:04d}.jsonl")
+        mended = 0
+        try:
+            if again.path.exists():  # a process was killed while it repaired
+                raise _Mendable
+            defects = self._write(ctx, grid, shard, mended, stop_at_mendable=repair)
+        except _Mendable:
+            before = self._check(ctx, grid, shard)
+            asked = self._repair(ctx, shard, Answers(again, grid), [d for d in before if d.kind not in FINAL])
+            mended = len(asked - {d.cell.number for d in self._check(ctx, grid, shard)})
+            first = collections.Counter(d.kind for d in before)
+            defects = self._write(ctx, grid, shard, mended, found_first=first)
+            log.info("shard %d: %d of %d defective cells mended", shard, mended, mended + len(defects))
+            again.remove()  # not before: a kill until here must not have what failed again asked a third time
+        ctx.progress.advance(self.name, len(grid), defects=len(defects), repaired=mended)
 
-    def _repair(self, ctx: Context, shard: int, cells: list[Cell], rows: list[Row], defects: list[Defect]) -> list[Row]:
-        """Ask for the defective cells again and write the seeds' files anew; all rows in plan order."""
-        wanted = {d.cell.candidate_id for d in defects}
-        kept = {r["candidate_id"]: r for r in rows if r["candidate_id"] not in wanted}
-        before = {r["candidate_id"]: r["attempts"] or 0 for r in rows}
+    def _check(self, ctx: Context, grid: Grid, shard: int) -> list[Defect]:
+        out = []
+        for b in range(grid.blocks):
+            out += _defects(ctx, grid, b, _read_block(ctx, shard, b))
+        return out
 
-        def done(row: Row) -> None:
-            row["attempts"] += before.get(row["candidate_id"], 0)
-            kept[row["candidate_id"]] = row
+    def _write(self, ctx: Context, grid: Grid, shard: int, repaired: int, stop_at_mendable: bool = False,
+               found_first: Mapping[str, int] | None = None) -> list[Defect]:
+        """Check and write, block by block; the defects. Raises _Mendable at the first, where that is wanted.
 
-        requester = Requester(ctx)
-        ctx.loop.run(lambda: ask_all(requester, (d.cell for d in defects), done))
+        `found_first`: the kinds of defects that there were before a repair.
+        """
+        defects: list[Defect] = []
+        dropped: set[str] = set()
+        counts: collections.Counter[str] = collections.Counter()
+
+        def tables() -> Iterator[pa.Table]:
+            for b in range(grid.blocks):
+                table = _read_block(ctx, shard, b)
+                found = _defects(ctx, grid, b, table)
+                if stop_at_mendable and any(d.kind not in FINAL for d in found):
+                    raise _Mendable
+                defects.extend(found)
+                if ctx.config.limits.incomplete_prompts == "drop":
+                    dropped.update(d.cell.prompt["prompt_id"] for d in found)
+                yield _usable(grid, b, table, {d.cell.candidate_id for d in found}, dropped, counts)
+
+        def kinds() -> dict[str, int]:
+            return dict(collections.Counter(d.kind for d in defects))
+
+        ctx.store.write_batches(
+            self.outputs(ctx, shard)[0], tables(), schema.VERIFIED, self.key(ctx, shard),
+            planned=len(grid), usable=lambda: counts["usable"],
+            defects=kinds, found=lambda: kinds() if found_first is None else dict(found_first), repaired=repaired,
+            cells=lambda: [d.describe() for d in defects[:_NAMED]], dropped_prompts=lambda: sorted(dropped),
+            tokens=lambda: counts["tokens"], attempts=lambda: counts["attempts"],
+            at_max_new_tokens=lambda: counts["at_max_new_tokens"])
+        return defects
+
+    def _repair(self, ctx: Context, shard: int, answers: Answers, defects: list[Defect]) -> set[int]:
+        """Ask for the defective cells again and write the files of their seeds anew; the cells asked, also by a process
+        that was killed since."""
+        grid, have = answers.grid, answers.have()
+        wanted = {d.cell.number for d in defects}
+        owed = sorted(n for n in wanted if not have[n])
+        before = self._attempts(ctx, grid, shard, defects)
         key = Candidates().key(ctx, shard)
-        for seed in sorted({d.cell.seed for d in defects}):
-            write_seed(ctx, shard, seed, [kept[c.candidate_id] for c in cells if c.seed == seed], key)
-        return [kept[c.candidate_id] for c in cells]
+        try:
+            Requester(ctx, grid, answers, "repair", before).ask(owed, len(owed))
+            for nth in sorted({grid.seeds.index(d.cell.seed) for d in defects}):
+                path = Candidates().path(grid.seeds[nth], shard)
+                write_seed(ctx, path, key, grid, nth, lambda n: answers.get(n) if n in wanted else None,
+                           _Standing(ctx, path, grid).get)
+        finally:
+            answers.journal.close()
+        return set(np.flatnonzero(answers.have()).tolist())
+
+    def _attempts(self, ctx: Context, grid: Grid, shard: int, defects: list[Defect]) -> dict[int, int]:
+        """How often each defective cell was sent already."""
+        wanted = {d.cell.candidate_id: d.cell.number for d in defects}
+        out: dict[int, int] = {}
+        for path in {Candidates().path(d.cell.seed, shard) for d in defects}:
+            table = ctx.store.read(path, ["candidate_id", "attempts"])
+            for name, attempts in zip(*(table.column(c).to_pylist() for c in table.column_names), strict=True):
+                if name in wanted:
+                    out[wanted[name]] = attempts or 0
+        return out
+
+
+class _Mendable(Exception):
+    """A defect that asking again may mend."""
+
+
+def _read_block(ctx: Context, shard: int, b: int) -> pa.Table:
+    """The candidates of a block, seed by seed."""
+    return pa.concat_tables([ctx.store.read(path, row_group=b) for path in Candidates().outputs(ctx, shard)])
+
+
+def _defects(ctx: Context, grid: Grid, b: int, table: pa.Table) -> list[Defect]:
+    return check(list(grid.block(b)), table.select(CHECKED).to_pylist(), ctx.tokenizer, grid.max_new_tokens, grid.model)
+
+
+def _usable(grid: Grid, b: int, table: pa.Table, bad: set[str], dropped: set[str], counts: collections.Counter[str]
+            ) -> pa.Table:
+    """The candidates of a block in plan order, with `usable`."""
+    places = {cell.candidate_id: cell.number for cell in grid.block(b)}
+    names = table.column("candidate_id").to_pylist()
+    order = np.argsort([places.get(name, len(grid)) for name in names], kind="stable")
+    table = table.take(order).combine_chunks()
+    seen, usable = set(bad), []
+    columns = [table.column(c).to_pylist() for c in ("candidate_id", "prompt_id", "finish_reason", "completion_tokens",
+                                                     "attempts")]
+    for name, prompt, reason, tokens, attempts in zip(*columns, strict=True):
+        # a second row of a cell is as little usable as one that the plan does not know
+        good = name not in seen and name in places and prompt not in dropped
+        seen.add(name)
+        usable.append(good)
+        counts["usable"] += good
+        counts["tokens"] += tokens or 0
+        counts["attempts"] += attempts or 0
+        counts["at_max_new_tokens"] += reason == "length" and tokens == grid.max_new_tokens
+    return table.append_column(schema.VERIFIED.field("usable"), pa.array(usable, pa.bool_())).cast(schema.VERIFIED)
+
+
+class _Standing:
+    """The rows of a seed's file, read block by block in the order they are asked for."""
+
+    def __init__(self, ctx: Context, path: str, grid: Grid) -> None:
+        self._ctx, self._path, self._grid = ctx, path, grid
+        self._size = grid.block_prompts * len(grid) // max(1, len(grid.prompts))
+        self._block = -1
+        self._rows: dict[str, Row] = {}
+
+    def get(self, number: int) -> Row | None:
+        """The cell's row."""
+        if (block := number // self._size) != self._block:
+            rows: list[dict[str, Any]] = self._ctx.store.read(self._path, row_group=block).to_pylist()
+            self._block, self._rows = block, {r["candidate_id"]: r for r in rows}
+        return self._rows.get(self._grid.cell(number).candidate_id)
 
 
 def read_verified(ctx: Context, shard: int, usable: bool = True) -> pa.Table:

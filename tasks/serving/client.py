@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import orjson
+
+from tasks.serving.failures import RequestFailed
+from tasks.serving.sampling_mask import read_mask
+
+_JSON = {"Content-Type": "application/json"}
+# uvicorn drops a connection that was idle for 5 s; reusing one at that moment would lose the request
+_KEEP_ALIVE_S = 4.0
+_CONNECT_S = 10.0
+_SERVER_INFO_S = 30.0  # its scheduler answers between two steps: 13 s were seen during a long prefill
 
 
-class RequestFailed(Exception):
-    """A request that brought no usable answer.
-
-    `kind` is the status a row gets if this was the last attempt; `retry` whether another attempt may
-    help; `server_down` whether the server itself is gone; `crashed` whether it may have been this
-    request that did it.
-    """
-
-    def __init__(self, kind: str, message: str, *, retry: bool = True, server_down: bool = False,
-                 crashed: bool = False, overloaded: bool = False) -> None:
-        super().__init__(message)
-        self.kind, self.retry, self.server_down = kind, retry, server_down
-        self.crashed, self.overloaded = crashed, overloaded
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reply:
     """What /generate answered, checked."""
 
     output_ids: list[int]
     logprobs: list[float] | None
-    text: str
     finish_reason: str
     meta: dict[str, Any]
-    server: str
     latency_s: float
+    kept_ids: list[list[int]] | None = None
+    """The sampling mask, where it was asked for."""
+    kept_logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,87 +45,181 @@ class ServerFacts:
     custom_processors: bool
     info: dict[str, Any]
 
+    @property
+    def speculation(self) -> str | None:
+        """The speculative decoding algorithm, which ignores custom processors and min_p; None when off."""
+        return self.info.get("speculative_algorithm") or None
+
+    @property
+    def metrics(self) -> bool:
+        """Whether GET /metrics answers."""
+        return bool(self.info.get("enable_metrics"))
+
+    @property
+    def max_running(self) -> int | None:
+        """Requests that the server runs at once; more wait in its queue."""
+        found = self.info.get("max_running_requests")
+        for state in self.info.get("internal_states") or []:
+            if isinstance(state, dict):
+                found = state.get("effective_max_running_requests_per_dp") or found
+        if not isinstance(found, int) or found < 1:
+            return None
+        return found * max(1, self.info.get("dp_size") or 1)
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Knows when its newest connection was made: behind it may be another process than before."""
+
+    newest = 0.0
+
+    async def _create_connection(self, *args: Any, **kwargs: Any) -> Any:
+        made = await super()._create_connection(*args, **kwargs)
+        self.newest = time.monotonic()
+        return made
+
 
 class SGLangClient:
     """Talks to one server; one instance per event loop. Holds no state but its connections."""
 
-    def __init__(self, url: str, timeout_s: float, connections: int) -> None:
+    def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)
-        self._connections = connections
-        self._session: aiohttp.ClientSession | None = None
+        self._generate_url = self.url + "/generate"
+        self._connector: _Connector | None = None
+        self._requests: aiohttp.ClientSession | None = None
+        self._control: aiohttp.ClientSession | None = None
+
+    @property
+    def newest_connection(self) -> float:
+        """When (monotonic seconds) the newest connection for requests was made; 0.0 before the first."""
+        return self._connector.newest if self._connector else 0.0
 
     def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            connector = aiohttp.TCPConnector(limit=self._connections + 4, keepalive_timeout=30)
-            self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
-        return self._session
+        # two sessions: a question about the server must neither wait for requests nor count as one's connection
+        if self._requests is None:
+            self._connector = _Connector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+            self._requests = aiohttp.ClientSession(connector=self._connector, auto_decompress=True)
+        return self._requests
 
     async def close(self) -> None:
         """Close the connections; requests in flight are aborted by the server."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        for session in (self._requests, self._control):
+            if session is not None:
+                await session.close()
+        self._requests = self._control = self._connector = None
+
+    async def _get(self, path: str, timeout_s: float) -> bytes:
+        if self._control is None:
+            self._control = aiohttp.ClientSession(connector=aiohttp.TCPConnector(keepalive_timeout=_KEEP_ALIVE_S))
+        try:
+            async with self._control.get(self.url + path, timeout=aiohttp.ClientTimeout(total=timeout_s),
+                                         allow_redirects=False) as answer:
+                body = await answer.read()
+        except TimeoutError as error:
+            raise RequestFailed("timeout", f"{path}: no answer within {timeout_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise RequestFailed("unreachable", f"{path}: {_words(error)}") from error
+        if answer.status != 200:
+            kind = "overloaded" if answer.status in (429, 503) else "server_error"
+            raise RequestFailed(kind, f"{path} answered {answer.status}")
+        return body
 
     async def get(self, path: str, timeout_s: float = 10) -> Any:
         """GET a JSON document. Raises RequestFailed."""
         try:
-            async with self._open().get(self.url + path, timeout=aiohttp.ClientTimeout(total=timeout_s)) as answer:
-                body = await answer.read()
-                if answer.status != 200:
-                    raise RequestFailed("server_error", f"{path} answered {answer.status}")
-                return json.loads(body)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise RequestFailed("server_error", f"{path}: {_words(error)}", server_down=True) from error
+            return orjson.loads(await self._get(path, timeout_s))
         except ValueError as error:
             raise RequestFailed("server_error", f"{path} did not answer in JSON") from error
 
+    async def model_path(self, timeout_s: float = 10) -> str | None:
+        """The model that the server serves now. Raises RequestFailed."""
+        model = await self.get("/model_info", timeout_s)
+        if not isinstance(model, dict):
+            raise RequestFailed("server_error", f"{self.url} is not an SGLang server: /model_info is no mapping")
+        return model.get("model_path")
+
     async def facts(self) -> ServerFacts:
         """Model and resolved settings. Raises RequestFailed."""
-        model, info = await asyncio.gather(self.get("/model_info"), self.get("/server_info"))
-        if not isinstance(model, dict) or not isinstance(info, dict):
+        model_path, info = await asyncio.gather(
+            self.model_path(), self.get("/server_info", _SERVER_INFO_S))
+        if not isinstance(info, dict):
             raise RequestFailed("server_error", f"{self.url} is not an SGLang server: /server_info is no mapping")
-        return ServerFacts(
-            self.url, model.get("model_path"), bool(info.get("enable_deterministic_inference")),
-            bool(info.get("enable_custom_logit_processor")), info)
+        # seeds want the pytorch sampler; speculation draws its tokens by other means
+        honours = (bool(info.get("enable_deterministic_inference")) and not info.get("speculative_algorithm")
+                   and info.get("sampling_backend") in (None, "pytorch", "ascend"))
+        return ServerFacts(self.url, model_path, honours, bool(info.get("enable_custom_logit_processor")), info)
 
-    async def generate(self, payload: dict[str, Any]) -> Reply:
-        """POST /generate. Raises RequestFailed for everything but a whole, well-formed answer."""
+    async def load(self) -> tuple[float, float] | None:
+        """(requests that run, requests that wait) as /metrics has them; None where it does not say."""
+        text = (await self._get("/metrics", 5)).decode(errors="replace")
+        found: dict[str, float] = {}
+        for line in text.splitlines():
+            name = line.partition("{")[0].partition(" ")[0]
+            if name in ("sglang:num_running_reqs", "sglang:num_queue_reqs"):
+                try:
+                    found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])  # a line per dp rank
+                except ValueError:
+                    return None
+        if len(found) != 2:
+            return None
+        return found["sglang:num_running_reqs"], found["sglang:num_queue_reqs"]
+
+    async def generate(self, body: bytes, timeout_s: float, *, rid: str | None = None, vocab: int | None = None,
+                       masked: bool = False) -> Reply:
+        """POST /generate. Raises RequestFailed for everything but a whole, well-formed answer.
+
+        `rid`: the request's id, which the answer must bear; `vocab`: its ids must lie below; `masked`: it must have the
+        sampling mask, which the request asks for.
+        """
         started = time.monotonic()
         try:
-            async with self._open().post(self.url + "/generate", json=payload) as answer:
-                body = await answer.read()
+            async with self._open().post(
+                    self._generate_url, data=body, headers=_JSON, allow_redirects=False,
+                    timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_S)) as answer:
+                content = await answer.read()
                 status = answer.status
+        except aiohttp.ConnectionTimeoutError as error:
+            raise RequestFailed("unreachable", f"no connection within {_CONNECT_S:g} s") from error
         except TimeoutError as error:
-            raise RequestFailed("timeout", f"no answer within {self._timeout.total:g} s") from error
+            raise RequestFailed("timeout", f"no whole answer within {timeout_s:g} s") from error
         except aiohttp.ClientConnectorError as error:
-            raise RequestFailed("unreachable", _words(error), server_down=True) from error
+            raise RequestFailed("unreachable", _words(error)) from error
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError) as error:
-            raise RequestFailed("disconnected", _words(error), server_down=True, crashed=True) from error
-        except aiohttp.ClientError as error:  # a body cut short
+            raise RequestFailed("disconnected", _words(error)) from error
+        except aiohttp.ClientError as error:  # a body cut short, headers that are none
             raise RequestFailed("bad_response", _words(error)) from error
         if status != 200:
-            raise _refusal(status, body)
-        return _parse(body, self.url, time.monotonic() - started)
+            raise _refusal(status, content, answer.headers.get("Retry-After"))
+        return _parse(content, time.monotonic() - started, rid, vocab, masked)
 
 
 def _words(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _refusal(status: int, body: bytes) -> RequestFailed:
+def _refusal(status: int, body: bytes, retry_after: str | None) -> RequestFailed:
     message = f"HTTP {status}: {_message(body)}"
     if status in (429, 503):
-        return RequestFailed("overloaded", message, overloaded=True)
-    if 400 <= status < 500:
-        return RequestFailed("rejected", message, retry=False)
+        return RequestFailed("overloaded", message, retry_after_s=_seconds(retry_after))
+    if status == 408:
+        return RequestFailed("timeout", message)
+    # 401, 403, 404, 405 and redirects are about the address, not about the request
+    if 400 <= status < 500 and status not in (401, 403, 404, 405):
+        return RequestFailed("rejected", message)
     return RequestFailed("server_error", message)
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    try:
+        value = float(retry_after or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value >= 0 else None
 
 
 def _message(body: bytes) -> str:
     """The text of an error in any of the server's three shapes."""
     try:
-        raw = json.loads(body)
+        raw = orjson.loads(body)
     except ValueError:
         return body[:300].decode(errors="replace")
     if isinstance(raw, dict):
@@ -139,32 +228,52 @@ def _message(body: bytes) -> str:
     return str(raw)[:300]
 
 
-def _parse(body: bytes, url: str, latency_s: float) -> Reply:
+def _parse(body: bytes, latency_s: float, rid: str | None, vocab: int | None, masked: bool) -> Reply:
     try:
-        raw = json.loads(body)
+        raw = orjson.loads(body)
         meta = raw["meta_info"]
         reason = meta["finish_reason"]
-        kind = reason["type"] if isinstance(reason, dict) else str(reason)
+        if reason is None:
+            raise TypeError("the answer is not finished: finish_reason is null")
+        kind = reason["type"] if isinstance(reason, dict) else reason
+        if not isinstance(kind, str):
+            raise TypeError("finish_reason has no type")
         if kind == "abort":
             said = reason.get("message") if isinstance(reason, dict) else None
             raise RequestFailed("aborted", str(said or "the server aborted the request"))
         ids = raw["output_ids"]
-        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-            raise TypeError("output_ids is not a list of token ids")
+        _check_ids(ids, meta, rid, vocab)
         logprobs = None
         if entries := meta.get("output_token_logprobs"):
-            logprobs = [_finite(entry[0]) for entry in entries]
             if [entry[1] for entry in entries] != ids:
                 raise TypeError("the ids of output_token_logprobs are not output_ids")
-        return Reply(ids, logprobs, str(raw.get("text", "")), kind, meta, url, latency_s)
+            logprobs = [float(entry[0]) for entry in entries]
+            if not math.isfinite(sum(logprobs)):
+                raise TypeError("a log-probability is not finite")
+        kept, kept_logprobs = _kept(meta, len(ids), vocab) if masked else (None, None)
+        return Reply(ids, logprobs, kind, meta, latency_s, kept, kept_logprobs)
     except RequestFailed:
         raise
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise RequestFailed("bad_response", f"not an answer of SGLang: {_words(error)}") from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        said = f"no {error}" if isinstance(error, KeyError) else _words(error)
+        raise RequestFailed("bad_response", f"not an answer of SGLang: {said}") from error
 
 
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"a log-probability is {number}")
-    return number
+def _check_ids(ids: Any, meta: Any, rid: str | None, vocab: int | None) -> None:
+    if not isinstance(ids, list) or not set(map(type, ids)) <= {int} or (ids and min(ids) < 0):
+        raise TypeError("output_ids is not a list of token ids")
+    if vocab is not None and ids and max(ids) >= vocab:
+        raise TypeError(f"token id {max(ids)} is outside the vocabulary of {vocab}")
+    if rid is not None and meta.get("id") not in (None, rid):
+        raise TypeError(f"the answer is to another request ({str(meta['id'])[:64]})")
+    if meta.get("completion_tokens") not in (None, len(ids)):
+        raise TypeError(f"{len(ids)} output_ids, but completion_tokens says {meta['completion_tokens']}")
+
+
+def _kept(meta: Any, tokens: int, vocab: int | None) -> tuple[list[list[int]], list[float] | None]:
+    kept, logprobs = read_mask(meta)
+    if len(kept) != tokens:
+        raise TypeError(f"{len(kept)} sampling masks for {tokens} output_ids")
+    if vocab is not None and kept and (largest := max(map(max, kept))) >= vocab:
+        raise TypeError(f"the sampling mask's id {largest} is outside the vocabulary of {vocab}")
+    return kept, logprobs

@@ -15,16 +15,23 @@ Everything else goes to the custom processor, which applies the steps in their o
   that has no native cut and one per *rank* in a batch that has any (`simple_sampling_case`,
   layers/sampler.py in 0.5.23), so with native cuts a row would depend on its neighbours' settings;
   and native min_p with a seed kills the server.
+
+Where the config wants it (`generation.sampling_mask`), a request with a native top_k also asks for the engine's
+record of what it kept (`sampling_mask`); `largest_mask` says where that can be had.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from tasks.core.config import Generation
 from tasks.core.heuristics import Heuristic
+from tasks.serving.client import ServerFacts
 from tasks.serving.logit_processor import encode_steps, processor_string
+from tasks.serving.sampling_mask import GREEDY_TOP_K, LARGEST_TOP_K, SMALLEST_TOP_K
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,11 @@ class Compiled:
         """The custom processor's string, where there is one to send."""
         return processor_string() if self.custom_params is not None else None
 
+    def masked(self, largest: int) -> bool:
+        """Whether a server whose `largest_mask` that is records what it kept of such a request."""
+        bounded = self.top_k == GREEDY_TOP_K or SMALLEST_TOP_K <= self.top_k <= largest
+        return largest > 0 and self.custom_params is None and bounded
+
 
 def compile_heuristic(heuristic: Heuristic, honours_seeds: bool) -> Compiled:
     """What to send for `heuristic`; `honours_seeds`: the server runs in deterministic mode."""
@@ -81,3 +93,81 @@ def _native(heuristic: Heuristic) -> Compiled | None:
         return None
     values: dict[str, Any] = {p.name: p.value for p in heuristic.processors}
     return Compiled(**values)
+
+
+class Template:
+    """A heuristic compiled for one kind of server, as text: a request differs by prompt, id and seed alone."""
+
+    def __init__(self, compiled: Compiled, generation: Generation, masked: bool = False) -> None:
+        """`masked`: ask for the engine's sampling mask as well."""
+        self.compiled, self.masked = compiled, masked
+        marker = 3141592653589793238
+        params = json.dumps(compiled.sampling_params(generation, marker), sort_keys=True)
+        self._head, self._tail = params.split(str(marker))
+        rest: dict[str, Any] = {"return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": 0, "stream": False}
+        if compiled.processor:
+            rest["custom_logit_processor"] = compiled.processor
+        if masked:
+            rest["return_sampling_mask"] = True
+        self._rest = "," + json.dumps(rest)[1:]
+
+    def sampling_params(self, seed: int) -> str:
+        """The sampling parameters as JSON, exactly as they are sent."""
+        return f"{self._head}{seed}{self._tail}"
+
+    def body(self, prompt_ids: str, rid: str, seed: int) -> bytes:
+        """The request: ids in (`prompt_ids`, a JSON list), every sampling field explicit, a seed of its own."""
+        return (f'{{"input_ids":{prompt_ids},"rid":"{rid}","sampling_params":{self._head}{seed}{self._tail}'
+                f"{self._rest}").encode()
+
+
+def largest_mask(facts: ServerFacts) -> int:
+    """The largest native top_k of which the server hands out its sampling mask; 0: it records none.
+
+    A server that does not name a limit knows no masks. Speculation and the ascend sampler refuse some or all of them.
+    flashinfer keeps what ties with the last of the k, and a set larger than the limit ends the request: half of the
+    limit is left for that.
+    """
+    limit, backend = facts.info.get("sampling_mask_max_tokens"), facts.info.get("sampling_backend")
+    if not isinstance(limit, int) or facts.speculation or backend == "ascend":
+        return 0
+    return min(LARGEST_TOP_K, limit if backend == "pytorch" else limit // 2)
+
+
+def recording(servers: Iterable[ServerFacts], heuristics: Iterable[Heuristic]) -> str:
+    """For the log: which heuristics' sampling masks these servers record, and why not those of the others."""
+    heuristics = list(heuristics)
+    named: set[str] = set()
+    able = total = 0
+    for facts in servers:
+        found = {h.name for h in heuristics if compile_heuristic(h, facts.honours_seeds).masked(largest_mask(facts))}
+        named |= found
+        able, total = able + bool(found), total + 1
+    why = ("only a native top_k has one: a single top_k beside a temperature, on a server without deterministic "
+           "inference and without speculation")
+    if not named:
+        return f"generation.sampling_mask: no mask will be recorded; {why}"
+    return (f"generation.sampling_mask: recorded for {_some(sorted(named))} of {len(heuristics)}, on {able} of {total} "
+            f"servers; {why}")
+
+
+def unfit(facts: ServerFacts, heuristics: Iterable[Heuristic]) -> str | None:
+    """Why the server can't sample these heuristics as they are, or None.
+
+    What would be sampled another way without a word, or would kill the server, never leaves the client.
+    """
+    compiled = [(h, compile_heuristic(h, facts.honours_seeds)) for h in heuristics]
+    processed = [h.name for h, c in compiled if c.custom_params is not None]
+    if processed and not facts.custom_processors:
+        return (f"it runs without custom logit processors, which {_some(processed)} need; start it with "
+                "--enable-custom-logit-processor (only on an address you trust), or choose other heuristics")
+    ignored = processed + [h.name for h, c in compiled if c.min_p > 0]
+    if ignored and facts.speculation:
+        return (f"it decodes speculatively ({facts.speculation}), which silently ignores custom logit processors and "
+                f"min_p, and {_some(ignored)} need them; start it without speculation, or choose other heuristics")
+    return None
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} heuristic{'s' if len(names) > 1 else ''} ({', '.join(names[:3])}{more})"

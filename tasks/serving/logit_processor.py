@@ -6,13 +6,16 @@ whose strings are equal, on the logits before its own temperature, so such a req
 
 The string is SGLang's `{"callable": <hex of a pickle>}`. The pickle evaluates one constant expression, built from
 the source text of `tasks.core.warpers` and of the definitions between `decode_steps` and `TruncationProcessor`
-below. Unlike bytecode, it is the same in every process and Python version, and the server needs only torch.
+below, without what only people read. Unlike bytecode, or what a compressor makes of it, it is the same in every
+process, Python version and build, and the server needs only torch.
 """
 
 # No `from __future__ import annotations`: the definitions below run on the server as text.
 import inspect
+import io
 import json
 import pickle
+import tokenize
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -107,13 +110,56 @@ def encode_steps(steps: Sequence[Step]) -> dict[str, list[str | float | int]]:
 def processor_string() -> str:
     """The value of `custom_logit_processor`, the same wherever it is built."""
     parts = (warpers, decode_steps, refuse, TruncationProcessor)
-    source = "\n\n".join(inspect.getsource(part) for part in parts)
+    source = compact("\n\n".join(inspect.getsource(part) for part in parts))
     expression = (
         "(lambda names: (exec(" + ascii(source) + ", names), names['TruncationProcessor'])[1])"
         "({'__name__': 'winnow_logit_processor'})"
     )
     # Protocol 2 writes the same bytes since Python 3.0.
     return json.dumps({"callable": pickle.dumps(_Evaluated(expression), protocol=2).hex()})
+
+
+def compact(source: str) -> str:
+    """The same program in fewer characters: no comments, no docstrings, no space that nothing needs.
+
+    Made of the tokens alone, of which an f-string counts as one (several since Python 3.12), so that every version
+    makes the same of it. No block may consist of its docstring.
+    """
+    lines = source.splitlines(keepends=True)
+    out: list[str] = []
+    statement: list[str] = []
+    depth = opened = 0
+    start, only_text = (1, 0), True
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind = tokenize.tok_name[token.type]
+        depth += (kind == "INDENT") - (kind == "DEDENT")
+        if kind == "NEWLINE":
+            if not only_text:
+                out.append(" " * depth + "".join(statement))
+            statement, only_text = [], True
+        if kind in ("NEWLINE", "NL", "COMMENT", "INDENT", "DEDENT", "ENDMARKER"):
+            continue
+        if not opened:
+            start = token.start
+        opened += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+        if not opened:
+            part = _between(lines, start, token.end)
+            statement += [" ", part] if statement and _touch(statement[-1], part) else [part]
+            only_text = only_text and kind == "STRING"
+    return "\n".join([*out, ""])
+
+
+def _touch(left: str, right: str) -> bool:
+    """Whether two tokens need a space between them: names, numbers and strings do."""
+    return all(c.isalnum() or c in "_'\"" for c in (left[-1], right[0]))
+
+
+def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
+    """The text from `start` to `end`: (line from 1, column)."""
+    if start[0] == end[0]:
+        return lines[start[0] - 1][start[1] : end[1]]
+    middle = lines[start[0] : end[0] - 1]
+    return "".join([lines[start[0] - 1][start[1] :], *middle, lines[end[0] - 1][: end[1]]])
 
 
 class _Evaluated:

@@ -1,249 +1,521 @@
-"""Many SGLang servers as one: least outstanding work, retries elsewhere, nothing lost.
+"""Many SGLang servers as one: work goes where it is done soonest, failures elsewhere, nothing is lost.
 
-No request is bound to a server in advance: a request takes the next free place, at the server with the
-smallest share of its places taken. A server that is gone is probed in the background and comes back when
-it answers. When none has answered for `wait_s`, the pool gives up with UnreachableError and what was not
-answered stays owed.
+No request is bound to a server in advance. The pool takes the next request from its sources when a server has a
+free place (`balance` says which, `limit` how many), so that however long the plan, only what is in flight exists.
+
+What a failure means is in `failures`; what the pool does with it:
+
+- never sent, turned away, or the server was not the right one: it goes back to the front of the queue;
+- the connection broke: the server is asked whether it lives. If it does not (or everything in flight there broke at
+  once), it died, and the request may be why: a suspect is sent again alone, and after a second crash never;
+- anything else is a strike: again elsewhere, after a pause that doubles, until `attempts` strikes or the deadline.
+
+A server that fails is left alone (down), asked in the background until it answers, and gets one request to prove
+itself (trial) before it gets more. When none has worked for `wait_s`, the pool gives up with UnreachableError and
+what was not answered stays owed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
-import concurrent.futures
-import contextlib
-import logging
 import random
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
-from tasks.core.errors import InterruptedRun, UnreachableError
-from tasks.serving.client import Reply, RequestFailed, ServerFacts, SGLangClient
+import orjson
 
-log = logging.getLogger("winnow.pool")
-T = TypeVar("T")
+from tasks.core.errors import UnreachableError
+from tasks.core.progress import ServerLoad
+from tasks.serving.balance import choose
+from tasks.serving.client import Reply, ServerFacts
+from tasks.serving.failures import RequestFailed
+from tasks.serving.fleet import Fleet, Limits
+from tasks.serving.server import Server
 
 CRASHES_TO_POISON = 2
+_TICK_S = 0.1
+_SETTLE_S = 0.05
+_HOPELESS = 200
+_FLAKY = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """How a request ended: a reply, or the last failure; either is a row."""
 
     reply: Reply | None
     failure: RequestFailed | None
     attempts: int
+    """Times it was sent."""
     server: str | None
+    facts: ServerFacts | None
+    """What the server that answered last says of itself."""
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One request, from the plan to its outcome."""
+
+    build: Callable[[ServerFacts], bytes]
+    """The body for the server that was chosen."""
+    settle: Callable[[Outcome], None]
+    """Called once, with the outcome."""
+    rid: str | None = None
+    crashes: int = 0
+    """Crashes of servers that it was in flight at, also in an earlier process."""
+    suspected: Callable[[int], None] | None = None
+    """Called with `crashes` when it grows, so that the next process may know."""
+    masked: Callable[[ServerFacts], bool] | None = None
+    """Whether the body for that server asks for its sampling mask; None: never."""
+    sent: int = field(default=0, init=False)
+    resets: int = field(default=0, init=False)
+    strikes: int = field(default=0, init=False)
+    spent_s: float = field(default=0.0, init=False)
+    last: Server | None = field(default=None, init=False)
+    source: _Source | None = field(default=None, init=False)
+    facts: ServerFacts | None = field(default=None, init=False)  # of `last`, when it was sent there
 
 
 @dataclass(eq=False)
-class _Server:
-    client: SGLangClient
-    limit: int
-    in_flight: int = 0
-    down_since: float | None = None
-    facts: ServerFacts | None = None
+class _Source:
+    """A stream of requests, of one shard: pulled from when a place is free."""
+
+    requests: Iterator[Request]
+    left: int
+    done: asyncio.Future[None]
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    open: int = 0
+    exhausted: bool = False
+
+    def fail(self, error: BaseException) -> None:
+        if isinstance(error, StopIteration):  # a future refuses it, and who waits would wait for ever
+            error = RuntimeError(f"a callback raised {error!r}")
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+@dataclass(eq=False)
+class _Break:
+    """Connections to one server that broke at about the same time."""
+
+    survivors: set[Request]
+    broken: list[tuple[Request, RequestFailed]]
+    heard: int
+    at: float
 
 
 class ServerPool:
-    """The servers of one role. Lives on the event loop of `Loop`; call `generate` there."""
+    """The servers of one role. Lives on the event loop of `Loop`; call `ask` and `ask_all` there."""
 
-    def __init__(self, servers: list[tuple[str, int]], *, attempts: int, timeout_s: float, wait_s: float) -> None:
-        """`servers`: (url, most requests in flight)."""
-        self._servers = [_Server(SGLangClient(url, timeout_s, limit), limit) for url, limit in servers]
-        self._attempts, self._wait_s = attempts, wait_s
-        self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
-        self._probe: asyncio.Task[None] | None = None
+    def __init__(self, servers: Iterable[tuple[str, int | None]], limits: Limits, *,
+                 admit: Callable[[ServerFacts], str | None] = lambda _: None, vocab: int | None = None) -> None:
+        """`servers`: (url, most requests in flight or None); `admit`: why a server can't be used, or None;
+        `vocab`: ids of answers must lie below."""
+        self.limits, self._vocab = limits, vocab
+        self.fleet = Fleet(servers, limits, admit, self._dispatch)
+        self._queue: collections.deque[Request] = collections.deque()  # those that were sent before
+        self._suspects: collections.deque[Request] = collections.deque()  # and of them those that were at a crash
+        self._sources: set[_Source] = set()
+        self._pull: collections.deque[_Source] = collections.deque()  # those that have requests to come
+        self._pausing = 0  # requests that wait for their pause to end
+        self._breaks: dict[Server, _Break] = {}
+        self._caretaker: asyncio.Task[None] | None = None
         self._gone: UnreachableError | None = None
+        self._resets = 0  # requests whose connection broke although the server lived
+        self._good = 0  # answers
+        self._failed_in_a_row, self._last_good = 0, 0.0
+        self._closed = False
 
     @property
-    def capacity(self) -> int:
-        """Requests that may be in flight at once."""
-        return sum(s.limit for s in self._servers)
+    def places(self) -> int:
+        """Requests that the servers take at once at present, for sizing."""
+        return self.fleet.places
 
-    async def facts(self) -> list[ServerFacts]:
-        """What each server that answers says of itself. Raises UnreachableError when none does."""
-        found = await asyncio.gather(*(s.client.facts() for s in self._servers), return_exceptions=True)
-        for server, fact in zip(self._servers, found, strict=True):
-            if isinstance(fact, ServerFacts):
-                server.facts = fact
-            elif isinstance(fact, RequestFailed):
-                log.warning("%s does not answer: %s", server.client.url, fact)
-            else:
-                raise fact
-        facts = [s.facts for s in self._servers if s.facts]
-        if not facts:
-            lines = [f"  {s.client.url}: {f}" for s, f in zip(self._servers, found, strict=True)]
-            raise UnreachableError("no server answers:\n" + "\n".join(lines))
-        return facts
+    def update(self, servers: Iterable[tuple[str, int | None]]) -> None:
+        """Make these the pool's servers: new ones join, others leave once what they have in flight is done."""
+        self.fleet.update(servers)
 
-    async def generate(self, payload: dict[str, Any]) -> Outcome:
-        """Send until it is answered or the attempts are used up; the outcome is a row either way.
+    def loads(self, role: str) -> list[ServerLoad]:
+        """Every server as it is now. May be called from another thread."""
+        return [s.load(role) for s in list(self.fleet.servers)]
+
+    async def ask(self, payload: dict[str, Any]) -> Outcome:
+        """One request whose body is the same for every server; its outcome, a row either way.
 
         Raises UnreachableError when no server is left, and asyncio.CancelledError.
         """
-        attempts = crashes = turned_away = 0
-        last: _Server | None = None
-        while True:
-            server = await self._take(avoid=last)
-            failure: RequestFailed | None = None
+        body = orjson.dumps(payload)
+        outcomes: list[Outcome] = []
+        await self.ask_all([Request(lambda _: body, outcomes.append)], 1)
+        return outcomes[0]
+
+    async def ask_all(self, requests: Iterable[Request], count: int) -> None:
+        """Send every request until it has its outcome; `count`: how many there are.
+
+        Requests are pulled one by one as places get free. The first exception, of the iterable or of a `settle`,
+        cancels what is in flight of them and is raised; UnreachableError when no server is left.
+        """
+        if not count:
+            return
+        if self._gone:
+            raise self._gone
+        if self._closed:
+            raise RuntimeError("the pool is closed")
+        source = _Source(iter(requests), count, asyncio.get_running_loop().create_future())
+        if not self._sources:
+            self._last_good = time.monotonic()
+            self.fleet.woke()
+        self._sources.add(source)
+        self._pull.append(source)
+        if self._caretaker is None or self._caretaker.done():
+            self._caretaker = asyncio.create_task(self._take_care())
+        self._dispatch()
+        try:
+            await source.done
+        finally:
+            self._sources.discard(source)
+            if source.open or not source.exhausted:  # it failed, or was cancelled
+                await self._drop(source)
+
+    async def _drop(self, source: _Source) -> None:
+        if source in self._pull:
+            self._pull.remove(source)
+        if not source.done.done():
+            source.done.cancel()
+        elif not source.done.cancelled():
+            source.done.exception()  # seen, also where a cancellation came first: no words of asyncio's at the end
+        for waiting in (self._queue, self._suspects):
+            kept = [r for r in waiting if r.source is not source]
+            waiting.clear()
+            waiting.extend(kept)
+        for task in list(source.tasks):
+            task.cancel()
+        try:
+            await asyncio.gather(*source.tasks, return_exceptions=True)
+        finally:  # a task that was cancelled before its first step never ran: its place is taken still
+            for server in self.fleet.servers:
+                for request in [r for r in server.flying if r.source is source]:
+                    self._land(request, server)
+            self._dispatch()
+
+    # -- who gets what ---------------------------------------------------------------------------
+
+    def _left(self) -> int:
+        """Requests that are not in flight."""
+        return len(self._queue) + len(self._suspects) + sum(s.left for s in self._pull)
+
+    def _dispatch(self) -> None:
+        """Give every free place a request, as long as that is better than waiting."""
+        while (self._queue or self._suspects or self._pull) and not self._gone and not self._closed:
+            working = self.fleet.working()
+            free = [s for s in working if s.in_flight < s.limit]
+            if not free:
+                return
+            if self._place_waiting(working, free):
+                continue
+            # while much fails, no more is begun: what waits for its next attempt must not pile up. Suspects, which
+            # go one by one, are allowed to be many: a crash makes as many of them as were in flight
+            if (len(self._queue) + self._pausing > 2 * self.fleet.places + 64
+                    or len(self._suspects) > 8 * self.fleet.places + 4096):
+                return
+            server = choose(working, free, self._left())
+            if server is None or (request := self._next()) is None:
+                return
+            self._send(request, server)
+
+    def _refill(self, server: Server) -> None:
+        """`_dispatch` after a place became free, without looking at every server while there is plenty to do."""
+        if (self._queue or self._suspects or self._pausing or self._gone or self._closed
+                or self._left() < self.fleet.hold_below):
+            self._dispatch()
+            return
+        if server.paused_until > time.monotonic():
+            return
+        while server.takes_work and server.in_flight < server.limit and (request := self._next()):
+            self._send(request, server)
+
+    def _place_waiting(self, working: list[Server], free: list[Server]) -> bool:
+        """Send one of the requests that were sent before, if there is a place that suits it."""
+        # a suspect goes alone among suspects, so that a second crash has one culprit; and not where the server itself
+        # is the other suspect
+        proven = any(s.state == "up" for s in working)
+        quiet = [s for s in free if not s.suspects and (s.state == "up" or not proven)] if self._suspects else []
+        for waiting, places in ((self._suspects, quiet), (self._queue, free)):
+            for n, request in enumerate(waiting if places else ()):
+                able, fits = working, places
+                if (request.strikes or request.crashes) and len(working) > 1:
+                    able, fits = ([s for s in some if s is not request.last] for some in (working, places))
+                if server := choose(able, fits, self._left()):
+                    del waiting[n]
+                    self._send(request, server)
+                    return True
+        return False
+
+    def _next(self) -> Request | None:
+        """The next request of the plan, of the source that came first."""
+        while self._pull:
+            source = self._pull[0]
+            if source.done.done():  # it failed a moment ago
+                self._pull.popleft()
+                continue
             try:
-                attempts += 1
-                reply = await server.client.generate(payload)
-                return Outcome(reply, None, attempts, server.client.url)
+                request = next(source.requests, None)
+            except BaseException as error:
+                self._pull.popleft()
+                source.fail(error)
+                continue
+            if request is None:
+                self._pull.popleft()
+                source.exhausted = True
+                self._finish(source)
+                continue
+            source.left -= 1
+            source.open += 1
+            request.source = source
+            if not source.left:
+                self._pull.popleft()
+                source.exhausted = True
+            if request.crashes >= CRASHES_TO_POISON:
+                self._settle(request, None, _poison(request), None)
+            elif request.crashes:  # of an earlier process: a suspect
+                self._suspects.append(request)
+                asyncio.get_running_loop().call_soon(self._dispatch)
+            else:
+                return request
+        return None
+
+    @staticmethod
+    def _finish(source: _Source) -> None:
+        if source.exhausted and not source.open and not source.done.done():
+            source.done.set_result(None)
+
+    def _send(self, request: Request, server: Server) -> None:
+        source = request.source
+        assert source is not None
+        if not server.in_flight:
+            server.quiet_since = time.monotonic()
+        server.in_flight += 1
+        server.flying.add(request)
+        server.suspects += request.crashes > 0
+        task = asyncio.create_task(self._attempt(request, server, server.in_flight))
+        source.tasks.add(task)
+        task.add_done_callback(source.tasks.discard)
+
+    @staticmethod
+    def _land(request: Request, server: Server) -> None:
+        """It is not in flight any more; called twice, it does nothing."""
+        if request in server.flying:
+            server.flying.discard(request)
+            server.in_flight -= 1
+            server.suspects -= request.crashes > 0
+
+    async def _attempt(self, request: Request, server: Server, in_flight: int) -> None:
+        began = time.monotonic()
+        reply: Reply | None = None
+        failure: RequestFailed | None = None
+        try:
+            request.facts = facts = server.facts
+            assert facts is not None
+            body = request.build(facts)
+            timeout_s = max(0.001, min(self.limits.timeout_s, self.limits.deadline_s - request.spent_s))
+            request.sent += 1
+            masked = request.masked is not None and request.masked(facts)
+            reply = await server.client.generate(body, timeout_s, rid=request.rid, vocab=self._vocab, masked=masked)
+            await server.confirm()
+        except RequestFailed as error:
+            failure = error
+        except Exception as error:  # of ours: it ends the shard, with its traceback
+            assert request.source is not None
+            request.source.fail(error)
+            return
+        finally:
+            self._land(request, server)
+            request.last = server
+            request.spent_s += time.monotonic() - began
+        if failure is not None:
+            request.sent -= failure.kind == "unreachable" and reply is None  # it never left
+            self._failed(request, server, failure, in_flight)
+        elif reply is not None:
+            server.answered(reply, full=bool(self._queue or self._pull or self._suspects))
+            self._good += 1
+            self._failed_in_a_row, self._last_good = 0, time.monotonic()
+            self._settle(request, reply, None, server)
+        self._refill(server)
+
+    def _settle(self, request: Request, reply: Reply | None, failure: RequestFailed | None, server: Server | None
+                ) -> None:
+        source = request.source
+        assert source is not None
+        if source.done.done():
+            return
+        if failure is not None and failure.rule.again:
+            self._failed_in_a_row += 1
+        try:
+            request.settle(Outcome(reply, failure, request.sent, server.url if server else None,
+                                   request.facts))
+        except BaseException as error:
+            source.fail(error)
+        source.open -= 1
+        self._finish(source)
+
+    # -- when it goes wrong ----------------------------------------------------------------------
+
+    def _failed(self, request: Request, server: Server, failure: RequestFailed, in_flight: int) -> None:
+        server.failed(failure, in_flight)
+        if failure.kind == "disconnected":
+            self._broke(request, server, failure)
+            return
+        if failure.kind == "unreachable":
+            server.dead = True
+            if server.takes_work:
+                server.go_down(str(failure))
+        elif failure.kind in ("wrong_model", "changed"):
+            if server.state not in ("down", "unfit"):  # once for all in flight there: each time, the pause doubles
+                server.go_down(str(failure), unfit=True)
+        elif server.takes_work and server.wants_rest() and (
+                not failure.rule.fault or self.fleet.others_work(server)):
+            # the last server is never left alone for its faults: then it may be the requests that are wrong
+            server.go_down(f"too much fails there, last with {failure.kind}: {failure}")
+        self._again(request, server, failure)
+
+    def _again(self, request: Request, server: Server, failure: RequestFailed) -> None:
+        """Back into the queue, now or after a pause, or given up."""
+        if request.source is None or request.source.done.done():  # nobody waits for it any more
+            return
+        request.strikes += failure.rule.strike
+        over = request.spent_s >= self.limits.deadline_s
+        if not failure.rule.again or request.strikes >= self.limits.attempts or (over and failure.rule.strike):
+            self._settle(request, None, failure, server)
+        elif not failure.rule.strike:
+            (self._suspects if request.crashes else self._queue).appendleft(request)
+        else:
+            pause = min(10.0, 0.1 * 2**request.strikes) * random.uniform(0.5, 1)
+            request.spent_s += pause
+            self._pausing += 1
+            asyncio.get_running_loop().call_later(pause, self._pause_over, request)
+
+    def _pause_over(self, request: Request) -> None:
+        self._pausing -= 1
+        if request.source is not None and not request.source.done.done():
+            (self._suspects if request.crashes else self._queue).append(request)
+            self._dispatch()
+
+    def _broke(self, request: Request, server: Server, failure: RequestFailed) -> None:
+        """A connection broke with the request in flight: find out whether the server died."""
+        if server in self._breaks:
+            self._breaks[server].broken.append((request, failure))
+            return
+        if server.dead:  # a moment ago, and this one was there as well
+            self._crashed(server, [request])
+            return
+        self._breaks[server] = _Break(set(server.flying), [(request, failure)], server.heard, time.monotonic())
+        self.fleet.spawn(self._look(server, server.state))
+        if server.takes_work:
+            server.state = "checking"
+
+    async def _look(self, server: Server, before: str) -> None:
+        """Did the server die, or only a connection? It died if it does not answer now, or if all that was in flight
+        there broke together (it may be up again already)."""
+        await asyncio.sleep(_SETTLE_S)
+        lives = False
+        for pause in (0.2, 0.0):
+            try:
+                await server.client.get("/model_info", timeout_s=3)
+                lives = True
+                break
             except RequestFailed as error:
-                failure = error
-            finally:
-                self._give_back(server)
-            last = server
-            if failure.server_down:
-                self._mark_down(server, failure)
-            if failure.kind == "unreachable":
-                attempts -= 1  # it was never sent
-                continue
-            crashes += failure.crashed
-            if crashes >= CRASHES_TO_POISON:
-                poison = RequestFailed("poison", f"in flight at {crashes} server crashes; not sent again")
-                return Outcome(None, poison, attempts, server.client.url)
-            if failure.overloaded and turned_away < 20:
-                attempts -= 1
-                turned_away += 1
-                await asyncio.sleep(min(5.0, 0.1 * 2**turned_away) * random.uniform(0.5, 1))
-                continue
-            if not failure.retry or attempts >= self._attempts:
-                return Outcome(None, failure, attempts, server.client.url)
-            await asyncio.sleep(min(10.0, 0.2 * 2**attempts) * random.uniform(0.5, 1))
+                if error.kind == "unreachable":
+                    break
+                await asyncio.sleep(pause)
+        seen = self._breaks.pop(server)
+        broken = {r for r, _ in seen.broken}
+        # unless what answered is a new process already
+        others_live = ((server.heard > seen.heard or bool(seen.survivors & server.flying))
+                       and server.client.newest_connection < seen.at)
+        if (lives or others_live) and not (len(broken) > 1 and not others_live):
+            if server.state == "checking":
+                server.state = "trial" if before == "trial" else "up"
+            server.dead = False
+            for request, failure in seen.broken:
+                self._cut_off(request, server, failure)
+        else:
+            server.dead = True
+            server.go_down(f"it died with {len(broken)} request{'s' if len(broken) > 1 else ''} in flight")
+            self._crashed(server, list(broken))
+        self._dispatch()
 
-    async def _take(self, avoid: _Server | None) -> _Server:
-        """A place at the least loaded server that is up; waits for one. `avoid`: only if it is the last one."""
-        while True:
-            if self._gone:
-                raise self._gone
-            free = [s for s in self._servers if s.down_since is None and s.in_flight < s.limit]
-            others = [s for s in free if s is not avoid]
-            if free:
-                server = min(others or free, key=lambda s: s.in_flight / s.limit)
-                server.in_flight += 1
-                return server
-            place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(place)
+    def _cut_off(self, request: Request, server: Server, failure: RequestFailed) -> None:
+        """The connection broke and the server lives. The second time it may well be the request that does it, to a
+        server that is restarted at once; unless connections break all the time, for then it is the network."""
+        request.resets += 1
+        self._resets += request.resets == 1
+        server.faults_in_a_row += 1
+        if server.takes_work and server.wants_rest() and self.fleet.others_work(server):
+            server.go_down("connections to it keep breaking")  # all that is sent there: then it is the server
+        if self._deadly(request):
+            self._settle(request, None, RequestFailed("poison", "its connection broke twice, at servers where others "
+                                                      "lived; not sent again"), server)
+        else:
+            self._again(request, server, failure)
+
+    def _deadly(self, request: Request) -> bool:
+        """Whether two crashes are enough to call it poison; a reset may be one, unless resets are common."""
+        flaky = self._resets > _FLAKY and self._resets**2 > 0.1 * self._good  # then some meet two by chance
+        return request.crashes + (0 if flaky else request.resets) >= CRASHES_TO_POISON
+
+    def _crashed(self, server: Server, requests: list[Request]) -> None:
+        for request in requests:
+            request.crashes += 1
             try:
-                await place
-            except asyncio.CancelledError:
-                self._wake()
-                raise
+                if request.suspected:
+                    request.suspected(request.crashes)
+            except Exception as error:
+                assert request.source is not None
+                request.source.fail(error)
+                continue
+            if self._deadly(request):
+                self._settle(request, None, _poison(request), server)
+            else:
+                self._again(request, server, RequestFailed("crashed", "the server died"))
 
-    def _give_back(self, server: _Server) -> None:
-        server.in_flight -= 1
-        self._wake()
+    async def _take_care(self) -> None:
+        """Look after the servers until there is nothing to do."""
+        try:
+            await self._watch()
+        except Exception as error:  # of ours: without a caretaker whoever waits would wait for ever
+            for source in self._sources:
+                source.fail(error)
 
-    def _wake(self) -> None:
-        while self._waiting:
-            place = self._waiting.popleft()
-            if not place.done():
-                place.set_result(None)
-                return
+    async def _watch(self) -> None:
+        while self._sources and not self._closed and not self._gone:
+            if why := self.fleet.tick(self._left()) or self._hopeless():
+                self._gone = UnreachableError(why)
+                for source in self._sources:
+                    source.fail(self._gone)
+            self._dispatch()  # a pause may be over, a limit may have grown
+            await asyncio.sleep(_TICK_S)
 
-    def _wake_all(self) -> None:
-        for _ in range(len(self._waiting)):
-            self._wake()
-
-    def _mark_down(self, server: _Server, failure: RequestFailed) -> None:
-        if server.down_since is None:
-            log.warning("%s is gone: %s; probing until it answers", server.client.url, failure)
-            server.down_since = time.monotonic()
-        if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(self._probe_down())
-
-    async def _probe_down(self) -> None:
-        """Ask servers that are down until they answer; give up when all have been down for too long."""
-        pause = 0.25
-        while down := [s for s in self._servers if s.down_since is not None]:
-            for server in down:
-                try:
-                    await server.client.get("/model_info", timeout_s=5)
-                except RequestFailed:
-                    continue
-                log.warning("%s answers again", server.client.url)
-                server.down_since = None
-                pause = 0.25
-                self._wake_all()
-            now = time.monotonic()
-            if all(s.down_since is not None and now - s.down_since > self._wait_s for s in self._servers):
-                urls = ", ".join(s.client.url for s in self._servers)
-                self._gone = UnreachableError(
-                    f"no server has answered for {self._wait_s:g} s ({urls}); what was not answered is still "
-                    "owed: start a server and run the same command again")
-                self._wake_all()
-                return
-            await asyncio.sleep(pause)
-            pause = min(5.0, pause * 1.5)
+    def _hopeless(self) -> str | None:
+        """Why it is no use to go on although servers answer: nothing but failures, many of them, for long."""
+        since = time.monotonic() - self._last_good
+        if self._failed_in_a_row < max(_HOPELESS, 4 * self.fleet.places) or since < max(self.limits.wait_s, 10.0):
+            return None
+        return (f"the last {self._failed_in_a_row} requests all failed and none was answered for {since:.0f} s "
+                "(`winnow status` names the kinds); what was not asked yet is still owed: mend the servers and run the "
+                "same command again")
 
     async def close(self) -> None:
         """Close every connection."""
-        if self._probe:
-            self._probe.cancel()
-        await asyncio.gather(*(s.client.close() for s in self._servers))
+        self._closed = True
+        if self._caretaker:
+            self._caretaker.cancel()
+        for source in self._sources:
+            source.fail(RuntimeError("the pool was closed"))
+        await self.fleet.close()
 
 
-async def gather_all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results of all, in order; the first exception cancels the rest and is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(w) for w in work]
-    except BaseExceptionGroup as error:
-        first: BaseException = error
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None
-    return [t.result() for t in tasks]
-
-
-class Loop:
-    """An event loop on a thread of its own, where all requests of the process run.
-
-    Shards are worked on in other threads (or Prefect's); they hand coroutines to `run` and wait. So one
-    pool, with one limit per server, serves them all.
-    """
-
-    def __init__(self) -> None:
-        import uvloop
-
-        self._loop = uvloop.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="winnow-requests", daemon=True)
-        self._thread.start()
-        self._stopped = threading.Event()
-
-    def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine there, wait for its result. Raises InterruptedRun after `stop`."""
-        if self._stopped.is_set():
-            raise InterruptedRun("interrupted")
-        future = asyncio.run_coroutine_threadsafe(work(), self._loop)
-        if self._stopped.is_set():  # between the look above and the line above
-            future.cancel()
-        try:
-            return future.result()
-        except (asyncio.CancelledError, concurrent.futures.CancelledError) as error:
-            raise InterruptedRun("interrupted") from error
-
-    def finish(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run a coroutine even after `stop`, for closing; waits at most 5 s."""
-        with contextlib.suppress(TimeoutError, asyncio.CancelledError, concurrent.futures.CancelledError):
-            asyncio.run_coroutine_threadsafe(work(), self._loop).result(timeout=5)
-
-    def stop(self) -> None:
-        """Cancel everything in flight; callers of `run` get InterruptedRun."""
-        self._stopped.set()
-        self._loop.call_soon_threadsafe(self._cancel_all)
-
-    def end(self) -> None:
-        """End the thread, once everything is cancelled and closed."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=5)
-
-    def _cancel_all(self) -> None:
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
+def _poison(request: Request) -> RequestFailed:
+    return RequestFailed("poison", f"in flight at {request.crashes} crashes of servers; not sent again")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -63,6 +64,13 @@ def dataset(folder: Path) -> list[dict]:
     return [row for part in parts for row in part]
 
 
+def ask(api: str, path: str) -> list[dict]:
+    """Everything of a kind that the Prefect server knows."""
+    request = urllib.request.Request(f"{api}/{path}/filter", b"{}", {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
 @pytest.mark.timeout(180)
 def test_a_run_from_start_to_dataset_interrupted_and_resumed(tmp_path, tiny_model, home, api):
     with FakeSGLang(delay_s=0.05) as server:
@@ -92,6 +100,11 @@ def test_a_run_from_start_to_dataset_interrupted_and_resumed(tmp_path, tiny_mode
         assert len(server.generations) <= 40 + 2
         rows = dataset(tmp_path)
         assert len({(r["prompt_id"], r["seed"]) for r in rows}) == len(rows) > 0
+        lines = [log["message"] for log in ask(api, "logs") if log["name"] == "winnow.stages"]
+        assert sum("generate shard" in line for line in lines) >= 3
+        assert "generate shard" in said
+        assert {("test-generate-verify", "progress"), ("test-servers", "table")} <= {
+            (a["key"], a["type"]) for a in ask(api, "artifacts")}
 
         sent = len(server.requests)
         code, said = finish(start(config, home))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,3 +122,35 @@ def test_a_run_killed_with_its_own_server_leaves_nothing_behind_and_completes(ru
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert stable(verified(Context(str(tmp_path / "killed")))) == stable(verified(run))
+
+
+def test_a_server_killed_and_restarted_in_the_middle_costs_no_row(run, server, model, tmp_path):
+    spec = LaunchSpec(model=str(model), device="cpu", dtype="bfloat16", max_total_tokens=32768, ready_timeout_s=300)
+    folder = tmp_path / "servers"
+    victim = launcher.start(spec, folder, leashed=True)
+    again = LaunchSpec(**{**dataclasses.asdict(spec), "port": int(victim.url.rpartition(":")[2])})
+    raw = small(tmp_path, server, "disturbed", labels=[])
+    raw["servers"]["generator"] = [{"url": url, "max_in_flight": 8} for url in (server, victim.url)]
+    journals, records = tmp_path / "disturbed/journal", [victim]
+
+    def kill_and_restart() -> None:
+        while sum(p.stat().st_size for p in journals.rglob("*.jsonl")) < 15_000:
+            time.sleep(0.05)
+        processes = [*psutil.Process(victim.pid).children(recursive=True), psutil.Process(victim.pid)]
+        for process in processes:
+            process.kill()
+        psutil.wait_procs(processes, timeout=30)
+        launcher.stop(victim)
+        records.append(launcher.start(again, folder, leashed=True))
+
+    killer = threading.Thread(target=kill_and_restart)
+    killer.start()
+    try:
+        rows = verified(build(raw, ["generate", "verify"]))
+    finally:
+        killer.join(300)
+        launcher.stop(records[-1])
+    assert stable(rows) == stable(verified(run))
+    assert len(records) == 2  # it was killed before the work was done
+    assert {r["server"] for r in rows} == {server, victim.url}
+    assert max(r["attempts"] for r in rows) == 2

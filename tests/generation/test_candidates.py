@@ -2,11 +2,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -61,7 +56,7 @@ def test_failures_are_rows_and_repair_mends_what_can_be_mended(tmp_path, tiny_mo
     kinds = ["500", "truncate", "garbage", "400", "abort"]
 
     def fault(n: int, payload: dict) -> str | None:
-        cell = int(payload["rid"][:8], 16)  # of its content, so that a retry fails as well
+        cell = payload["sampling_params"]["sampling_seed"]  # the cell's own, so that a retry fails as well
         return kinds[cell % 10] if cell % 10 < 5 else None
 
     with FakeSGLang(fault=fault) as server:
@@ -140,7 +135,7 @@ def test_with_no_server_left_nothing_is_written_off(tmp_path, tiny_model):
             nonlocal gone
             if n == 10:
                 gone = True
-                server._loop.call_soon_threadsafe(server._stop.set)
+                server.crash()
             return "hang" if gone else None
 
         server.fault = fault
@@ -154,35 +149,81 @@ def test_with_no_server_left_nothing_is_written_off(tmp_path, tiny_model):
         assert len(server.generations) + answered - 40 <= 5  # what was in flight, at most
 
 
-PROGRAM = """
-import json, sys
-sys.path.insert(0, {root!r})
-from tests.runs import build
-build(json.load(open(sys.argv[1])), ["generate", "verify"])
-print("finished", flush=True)
-"""
+# --- whoever serves, however it is cut into shards ---
 
 
-def test_a_run_killed_again_and_again_equals_an_undisturbed_one(tmp_path, tiny_model):
-    root = str(Path(__file__).parents[2])
-    with FakeSGLang(delay_s=0.08) as server:
-        undisturbed = rows_of(build(make_config(tmp_path / "calm", tiny_model, [server.url]), GENERATE), stable=True)
-        server.requests.clear()
-        raw = make_config(tmp_path / "killed", tiny_model, [server.url])
-        raw["servers"]["generator"][0]["max_in_flight"] = 2
-        path = tmp_path / "raw.json"
-        path.write_text(json.dumps(raw))
-        kills = 0
-        for n in (3, 9, 20, 31):
-            process = subprocess.Popen([sys.executable, "-c", PROGRAM.format(root=root), str(path)], cwd=root)
-            while process.poll() is None and len(server.requests) < n + kills * 2:
-                time.sleep(0.01)
-            if process.poll() is None:
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
-            process.wait()
-        ctx = build(raw, GENERATE)
-        assert kills == 4
-        assert rows_of(ctx, stable=True) == undisturbed
-        assert len(server.requests) <= 40 + kills * 2  # sent twice: at most what was in flight
-        assert not Path(ctx.store.path("journal")).exists() or not any(Path(ctx.store.path("journal")).rglob("*.jsonl"))
+def with_cuts(raw: dict) -> dict:
+    """The config with heuristics of which every cut is one that the engine has itself."""
+    path = Path(raw["heuristics"]["files"][0])
+    cuts = {"min_p": {"min_p": 0.05}, "top_p": {"top_p": 0.9}, "top_k": {"top_k": 20}}
+    path.write_text(json.dumps({"sampling_pipelines": [
+        {"name": name, "processors": [{"name": "temperature", "params": {"temperature": 0.8}},
+                                      {"name": name, "params": params}]} for name, params in cuts.items()]}))
+    return raw
+
+
+def test_servers_and_shards_do_not_change_a_row(tmp_path, tiny_model):
+    with FakeSGLang() as one, FakeSGLang() as two, FakeSGLang() as three:
+        servers = [one.url, two.url, three.url]
+        runs = [build(make_config(tmp_path / str(n), tiny_model, servers[:n], engine={"shard_prompts": size}), GENERATE)
+                for n, size in ((1, 5), (2, 1), (3, 2))]
+        assert all(server.generations for server in (one, two, three))
+    assert [ctx.shards for ctx in runs] == [1, 5, 3]
+    wanted, *others = ([{k: v for k, v in row.items() if k != "dialect"} for row in rows_of(ctx, stable=True)]
+                       for ctx in runs)
+    assert others == [wanted, wanted]  # prompt by prompt, so the order is the same too
+
+
+def test_seeds_and_heuristics_in_another_order_change_no_row(tmp_path, tiny_model):
+    def by_id(ctx) -> dict[str, dict]:
+        return {r["candidate_id"]: r for r in rows_of(ctx, stable=True)}
+
+    with FakeSGLang() as server:
+        one = by_id(build(make_config(tmp_path / "one", tiny_model, [server.url], seeds=[0, 1, 7]), GENERATE))
+        raw = make_config(tmp_path / "two", tiny_model, [server.url], seeds=[7, 0, 1])
+        path = Path(raw["heuristics"]["files"][0])
+        grid = json.loads(path.read_text())
+        grid["sampling_pipelines"].reverse()
+        path.write_text(json.dumps(grid))
+        assert by_id(build(raw, GENERATE)) == one
+
+
+@pytest.mark.parametrize("honours", [True, False])
+def test_seed_effective_is_what_the_server_does(tmp_path, tiny_model, honours):
+    with FakeSGLang(deterministic=honours, fault=lambda n, p: "400" if n % 7 == 0 else None) as server:
+        rows = rows_of(build(make_config(tmp_path, tiny_model, [server.url]), GENERATE))
+    assert {r["seed_effective"] for r in rows} == {honours}
+    assert {r["status"] for r in rows} == {"ok", "rejected"}
+
+
+def test_each_row_of_a_mixed_fleet_tells_its_own_servers_truth(tmp_path, tiny_model):
+    """Native cuts kill a server that honours seeds, or tie its rows to their neighbours': they go to the other only."""
+    with FakeSGLang(deterministic=True, delay_s=0.002) as seeded, FakeSGLang(deterministic=False, delay_s=0.002) as plain:
+        raw = with_cuts(make_config(tmp_path, tiny_model, [seeded.url, plain.url], seeds=[0, 1, 2, 3]))
+        for server in raw["servers"]["generator"]:
+            server["max_in_flight"] = 3
+        # what failed at one of them is tried at the other, compiled anew
+        tried: collections.Counter[str] = collections.Counter()
+
+        def once(n: int, payload: dict) -> str | None:
+            tried[payload["rid"]] += 1
+            return "500" if payload["sampling_params"]["sampling_seed"] % 3 == 0 and tried[payload["rid"]] == 1 else None
+
+        seeded.fault = plain.fault = once
+        rows = rows_of(build(raw, GENERATE))
+        sent = {server.url: {r["rid"]: r for r in server.generations} for server in (seeded, plain)}
+    assert min(len(s) for s in sent.values()) > 5
+    assert set(sent[seeded.url]) & set(sent[plain.url])
+    for payload in sent[seeded.url].values():
+        params = payload["sampling_params"]
+        assert (params["min_p"], params["top_k"], params["top_p"]) == (0.0, -1, 1.0)
+        assert payload["custom_logit_processor"]
+    assert {p["sampling_params"]["min_p"] for p in sent[plain.url].values()} == {0.0, 0.05}
+    assert len(rows) == 60
+    for row in rows:
+        payload = sent[row["server"]][row["candidate_id"]]
+        assert row["status"] == "ok"
+        assert row["seed_effective"] is (row["server"] == seeded.url)
+        assert json.loads(row["sampling_params"]) == payload["sampling_params"]
+        assert payload["sampling_params"]["sampling_seed"] == row["request_seed"]
+        assert row["dialect"] == ("sequential" if row["server"] == seeded.url else "joint")

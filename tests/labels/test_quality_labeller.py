@@ -82,7 +82,7 @@ def test_a_restart_asks_no_judgement_twice(tmp_path, tiny_model):
     with FakeSGLang() as server:
         raw = make_config(tmp_path, tiny_model, [server.url], limits={"wait_for_servers_s": 0.3})
         build(raw, ["generate", "verify"])
-        server.fault = lambda n, p: server._loop.call_soon_threadsafe(server._stop.set) if n == 80 else None  # type: ignore[assignment]
+        server.fault = lambda n, p: server.crash() if n == 80 else None  # type: ignore[assignment]
         with pytest.raises(UnreachableError):
             build(raw, JUDGED)
         first = len(server.judgements)

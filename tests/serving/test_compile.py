@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.core.config import Generation
 from tasks.core.heuristics import Heuristic, Processor, expand
-from tasks.serving.compile import compile_heuristic
+from tasks.serving.client import ServerFacts
+from tasks.serving.compile import Template, compile_heuristic, largest_mask, recording
 from tasks.serving.logit_processor import decode_steps
 
 T, K, P, M = (Processor("temperature", 0.7), Processor("top_k", 20), Processor("top_p", 0.9), Processor("min_p", 0.1))
@@ -73,3 +76,49 @@ def test_the_whole_grid_compiles_both_ways():
                 made = compile_heuristic(heuristic, honours)
                 if made.custom_params is not None:
                     assert decode_steps(made.custom_params) == heuristic.steps
+
+
+def server(honours_seeds: bool = False, **info) -> ServerFacts:
+    known = {"sampling_mask_max_tokens": 4096, "sampling_backend": "pytorch"} | info
+    return ServerFacts("http://s", "m", honours_seeds, True, known)
+
+
+@pytest.mark.parametrize(("facts", "largest"), [
+    (server(), 4096), (server(sampling_mask_max_tokens=100), 100), (server(sampling_mask_max_tokens=9000), 4096),
+    (server(sampling_backend="flashinfer"), 2048), (server(sampling_mask_max_tokens=None), 0),
+    (server(speculative_algorithm="EAGLE"), 0), (server(sampling_backend="ascend"), 0),
+])
+def test_a_server_says_of_how_large_a_set_it_gives_the_mask(facts, largest):
+    assert largest_mask(facts) == largest
+
+
+def top_k(k: int) -> Processor:
+    return Processor("top_k", k)
+
+
+@pytest.mark.parametrize(("processors", "largest", "masked"), [
+    ((T, K), 4096, True), ((K, T), 4096, True), ((T, top_k(1)), 4096, True), ((T, top_k(4096)), 4096, True),
+    ((T, top_k(4097)), 4096, False), ((T, K), 19, False), ((T, top_k(1)), 0, False), ((T, K), 0, False),
+    ((T,), 4096, False), ((T, P), 4096, False), ((T, M), 4096, False), ((T, K, P), 4096, False),
+])
+def test_a_mask_can_be_had_of_a_native_top_k_within_the_servers_limit(processors, largest, masked):
+    assert compile_heuristic(of(*processors), honours_seeds=False).masked(largest) is masked
+    assert compile_heuristic(of(*processors), honours_seeds=True).masked(largest) is False
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_body_asks_for_the_mask_only_where_it_shall(masked):
+    template = Template(compile_heuristic(of(T, K), honours_seeds=False), Generation(max_new_tokens=5), masked)
+    body = json.loads(template.body("[1, 2]", "r", 7))
+    assert body.pop("return_sampling_mask", False) is masked
+    assert body == {"input_ids": [1, 2], "rid": "r", "return_logprob": True, "logprob_start_len": -1,
+                    "top_logprobs_num": 0, "stream": False,
+                    "sampling_params": template.compiled.sampling_params(Generation(max_new_tokens=5), 7)}
+
+
+def test_the_log_says_which_heuristics_are_recorded_and_where():
+    grid = [Heuristic("ranked", (T, K)), Heuristic("plain", (T,)), Heuristic("both", (T, K, P))]
+    some = recording([server(), server(honours_seeds=True)], grid)
+    assert "recorded for 1 heuristic (ranked) of 3, on 1 of 2 servers" in some
+    assert "no mask will be recorded" in recording([server(honours_seeds=True)], grid)
+    assert "no mask will be recorded" in recording([server()], grid[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from tasks.core.warpers import PROCESSORS, Step, warp
 from tasks.serving import logit_processor
-from tasks.serving.logit_processor import decode_steps, encode_steps, processor_string
+from tasks.serving.logit_processor import compact, decode_steps, encode_steps, processor_string
 
 ROOT = Path(__file__).parents[2]
 CHAIN: list[Step] = [("temperature", 0.7, 1), ("top_k", 5, 1), ("top_p", 0.9, 2)]
@@ -251,6 +252,42 @@ def test_the_string_is_the_same_in_another_process() -> None:
     other = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     printed = run_python(code, PYTHONHASHSEED=other, PYTHONPATH=str(ROOT))
     assert printed.strip() == hashlib.sha256(processor_string().encode()).hexdigest()
+
+
+def program(source: str) -> str:
+    """What the source does, whatever its layout: its syntax tree without texts that stand alone."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            body[:] = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+    return ast.dump(tree)
+
+
+@pytest.mark.parametrize("path", [
+    "tasks/core/warpers.py", "tasks/serving/logit_processor.py", "tasks/serving/limit.py", "tasks/publish/report_sections.py",
+    "tests/serving/test_logit_processor.py",
+])
+def test_the_compact_source_is_the_same_program(path: str) -> None:
+    source = (ROOT / path).read_text()
+    short = compact(source)
+    assert program(short) == program(source)
+    assert len(short) < 0.95 * len(source)
+    assert compact(short) == short
+
+
+@pytest.mark.parametrize(("source", "short"), [
+    ('def f(a, b = 1):\n    """Doc."""\n    return a+ b  # why\n', "def f(a,b=1):\n return a+b\n"),
+    ("x = 3\n'''About\nx.'''\n\ny = [  # one\n    1,\n]\n", "x=3\ny=[1,]\n"),
+    ("x = 'a # b'\ny = f'{x !r:>{3}} # {1 + 1}' \"c\" ''\n", "x='a # b'\ny=f'{x !r:>{3}} # {1 + 1}' \"c\" ''\n"),
+    ("class A:\n    def f(self):\n        if not 'a' or 1: pass\n", "class A:\n def f(self):\n  if not 'a' or 1:pass\n"),
+    ('x = """a\n  b""" if y else f"""{\n  z}\n"""\n', 'x="""a\n  b""" if y else f"""{\n  z}\n"""\n'),
+])
+def test_compact_leaves_out_what_only_people_read(source: str, short: str) -> None:
+    assert compact(source) == short
+
+
+def test_the_string_is_short() -> None:
+    assert len(processor_string()) < 20_000
 
 
 def test_the_pickle_is_one_constant_expression() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from tasks.context import Context
 from tasks.core.identity import digest
 from tasks.labels.quality.templates import load_template, outcome
-from tasks.serving.pool import Outcome, gather_all
+from tasks.serving.loop import gather_all
+from tasks.serving.pool import Outcome
 
 # neutral and complete: nothing of the server's own defaults may reach a judgement
 _SAMPLING = {
@@ -61,7 +62,7 @@ class Judge:
 
     async def _send(self, prompt: str, first: str, second: str) -> Verdict:
         ids = self.template.render(self.ctx.judge_tokenizer, prompt, first, second, max_tokens=self._limit)
-        sent = await self.pool.generate({
+        sent = await self.pool.ask({
             "input_ids": ids, "sampling_params": _SAMPLING, "return_logprob": True, "logprob_start_len": -1,
             "top_logprobs_num": 0, "token_ids_logprob": list(self._tokens), "stream": False,
         })

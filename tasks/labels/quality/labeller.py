@@ -21,7 +21,7 @@ from tasks.labels.quality import bradley_terry
 from tasks.labels.quality.judge import Judge, Verdict
 from tasks.labels.quality.swiss import Swiss
 from tasks.labels.quality.templates import load_template
-from tasks.serving.pool import gather_all
+from tasks.serving.loop import gather_all
 from tasks.stage import shard_file
 
 Row = dict[str, Any]
@@ -81,7 +81,7 @@ class QualityLabeller(Labeller):
                     played[prompt_id, seed] = await _play(ctx, judge, prompts[prompt_id], prompt_id, seed, rows)
 
             pairs = max(1, min(len(rows) for _, rows in work) // 2)
-            tables = math.ceil(1.5 * judge.pool.capacity / (2 * pairs)) + 1
+            tables = math.ceil(1.5 * judge.pool.places / (2 * pairs)) + 1
             await gather_all(table() for _ in range(min(tables, len(work))))
 
         try:

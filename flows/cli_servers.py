@@ -1,0 +1,121 @@
+"""`winnow servers ...`: start, probe and stop the servers of a config; let servers join and leave a run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from flows import terminal
+from flows.options import ConfigArg, RunArg, RunsDir, SetOption, open_run_named
+from tasks.core.errors import UnreachableError, WinnowError
+from tasks.core.resolve import load_config
+
+if TYPE_CHECKING:
+    from tasks.context import Context
+
+servers_app = typer.Typer(no_args_is_help=True, help="Start, probe and stop the servers of a config; let servers join "
+                                                     "and leave a run.")
+
+UrlArg = Annotated[str, typer.Argument(metavar="URL", help="The server's address, such as http://10.0.0.3:30000.")]
+
+
+class Role(StrEnum):
+    """What a server does in a run."""
+
+    generator = "generator"
+    judge = "judge"
+
+
+
+
+@servers_app.command("up")
+def servers_up(config: ConfigArg, sets: SetOption = None) -> None:
+    """Start the servers that the config launches and leave them running; runs then use them."""
+    from flows.servers import up
+
+    resolved, _ = load_config(config, sets)
+    started = up(resolved, terminal.notice)
+    if not started:
+        terminal.out.print("the config launches no servers: its servers are urls")
+    for record in started:
+        terminal.out.print(f"{record.role}  {record.url}  process {record.pid}  log {record.log}")
+
+
+@servers_app.command("check")
+def servers_check(config: ConfigArg, sets: SetOption = None) -> None:
+    """Ask each server of the config what it is."""
+    from flows.servers import probe
+
+    resolved, _ = load_config(config, sets)
+    found = probe(resolved)
+    shown = terminal.table(None, "role", "server", "model", "seeds", "custom processors", "SGLang", whole=("server",))
+    for role, url, facts in found:
+        if isinstance(facts, WinnowError):
+            shown.add_row(role, url, f"[red]{escape(str(facts))}[/red]", "", "", "")
+        else:
+            shown.add_row(role, url, escape(facts.model_path or "?"), "honoured" if facts.honours_seeds else "ignored",
+                          "yes" if facts.custom_processors else "no", str(facts.info.get("version", "?")))
+    terminal.out.print(shown)
+    if not any(not isinstance(f, WinnowError) for _, _, f in found):
+        raise UnreachableError("no server of this config answers")
+
+
+@servers_app.command("down")
+def servers_down(config: ConfigArg, sets: SetOption = None) -> None:
+    """Stop the servers that Winnow started on this machine, and only those."""
+    from flows.servers import down
+
+    resolved, _ = load_config(config, sets)
+    stopped = down(resolved)
+    for record in stopped:
+        terminal.out.print(f"stopped the {record.role} server at {record.url} (process {record.pid})")
+    if not stopped:
+        terminal.out.print("no server of ours is running")
+
+
+@servers_app.command("join")
+def servers_join(
+    run_name: RunArg, url: UrlArg,
+    role: Annotated[Role | None, typer.Option(
+        help="What it shall do; without it, generate, and judge too where the config has no servers for that.")] = None,
+    max_in_flight: Annotated[int | None, typer.Option(
+        min=1, max=4096, help="Most requests in flight there; found out while running where not given.")] = None,
+    runs_dir: RunsDir = "data/runs",
+) -> None:
+    """Let a server join a run, also one that is being worked on; it is asked first whether the run can use it."""
+    from flows.join import join
+
+    ctx = open_run_named(run_name, runs_dir)
+    for note in join(ctx, url, role and role.value, max_in_flight):
+        terminal.notice(note)
+    _show_servers(ctx)
+
+
+@servers_app.command("leave")
+def servers_leave(
+    run_name: RunArg, url: UrlArg,
+    role: Annotated[Role | None, typer.Option(help="What it shall do no more; without it, all it did.")] = None,
+    runs_dir: RunsDir = "data/runs",
+) -> None:
+    """Let a server leave a run; what it has in flight is waited for, and it is not stopped."""
+    from flows.join import leave
+
+    ctx = open_run_named(run_name, runs_dir)
+    for note in leave(ctx, url, role and role.value):
+        terminal.notice(note)
+    _show_servers(ctx)
+
+
+def _show_servers(ctx: Context) -> None:
+    """Who is in the run now."""
+    from flows.join import servers
+
+    shown = terminal.table(f"[bold]{escape(ctx.config.run)}[/bold]", "role", "server", "most in flight", "model", "",
+                           right=("most in flight",), whole=("server",))
+    for s in servers(ctx):
+        shown.add_row(s["role"], escape(s["url"]), str(s["max_in_flight"] or "found out"),
+                      escape(s["model"] or "never answered yet"), "joined" if s["joined"] else "")
+    terminal.out.print(shown)
