@@ -11,8 +11,8 @@ import yaml
 
 from tasks.context import Context
 from tasks.core import schema
+from tasks.publish.report_counts import defect_kinds, funnel_steps
 from tasks.publish.report_parts import RANKED_BY, count, escape, figure_text, markdown_table, num, pct
-from tasks.publish.report_sections import funnel_steps
 
 PATH = "dataset/README.md"
 # upper bounds and names of the Hub's size categories
@@ -34,8 +34,8 @@ def card(ctx: Context, data: dict[str, Any], splits: dict[str, int]) -> str:
     parts = [
         f"---\n{yaml.safe_dump(front_matter(ctx, splits), sort_keys=False, allow_unicode=True)}---",
         *_about(ctx, data, splits), *_counts(data), *_sources(ctx, data), *_sampling(ctx, data),
-        *_labels(ctx, data, columns), *_made_with(ctx, data), *_column_table(columns), *_limits(data),
-        *_use(splits), *_rebuild(ctx),
+        *_labels(ctx, data, columns), *_made_with(ctx, data), *_column_table(columns),
+        *_limits(data, ctx.config.generation.sampling_mask), *_use(splits), *_rebuild(ctx),
     ]
     return "\n".join(parts) + "\n"
 
@@ -76,9 +76,13 @@ def _counts(data: dict[str, Any]) -> list[str]:
                 "correct.", ""]
     if data["drops"]:
         out += [*markdown_table(("not kept because", "rows"), [(k, count(n)) for k, n in data["drops"].items()]), ""]
-    if data["failures"]["by_kind"]:
-        out += [*markdown_table(("failed by kind", "rows"), [(k, count(n)) for k, n in
-                                                            data["failures"]["by_kind"].items()]), ""]
+    if kinds := defect_kinds(data):
+        rows = [(k, count(found), count(left)) for k, found, left in kinds]
+        out += [*markdown_table(("failed by kind", "before repair", "rows left"), rows), ""]
+    requests, verified = data["requests"], data["verification"]
+    out += [f"{count(requests['attempts'])} requests were sent, {count(requests['retries'])} of them again; "
+            f"{count(verified['repaired'])} failed cells were mended. {count(verified['at_max_new_tokens'])} answers "
+            "end where `max_new_tokens` cut them (`finish_reason` length).", ""]
     return out
 
 
@@ -155,7 +159,7 @@ def _made_with(ctx: Context, data: dict[str, Any]) -> list[str]:
         for n, facts in enumerate(servers or [], 1):
             told = "; ".join(f"{k} {v}" for k, v in (facts | (facts.get("info") or {})).items()
                              if k in _SERVER_FACTS and v is not None)
-            out.append(f"- {escape(role)} {n}: {escape(told)}")
+            out.append(f"- {escape(role)} {n}: {escape(told or 'never answered')}")
     return [*out, ""]
 
 
@@ -173,11 +177,13 @@ def _type(kind: pa.DataType) -> str:
     return str(kind)
 
 
-def _limits(data: dict[str, Any]) -> list[str]:
+def _limits(data: dict[str, Any], recorded: bool) -> list[str]:
     seeds, judge = data["requests"]["seed_effective"], data["judge"]
     out = ["Ratings compare answers within one (prompt, seed) only; elsewhere the opponents were others.",
            "`output_logprobs` are the server's: after temperature and custom processors, before native top_k, top_p "
            "and min_p."]
+    if recorded:
+        out.append("`kept_ids` and `kept_logprobs` were recorded for native top_k only; elsewhere they are null.")
     if any(k != "true" for k in seeds):
         others = sum(n for k, n in seeds.items() if k != "true")
         out.append(f"`seed_effective` is not true for {count(others)} of {count(sum(seeds.values()))} answers: their "

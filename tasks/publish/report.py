@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tasks.publish.plots import plot_png
+from tasks.publish.report_counts import defect_kinds, funnel_steps
 from tasks.publish.report_data import gather
 from tasks.publish.report_html import render_html
 from tasks.publish.report_parts import RANKED_BY, count, escape, figure_text, headline, markdown_table, num, pct
-from tasks.publish.report_sections import funnel_steps
 
 __all__ = ["gather", "markdown", "plot_png", "render_html"]
 
@@ -22,7 +22,12 @@ def markdown(data: dict[str, Any]) -> str:
                ("heuristics x seeds", f"{count(len(data['heuristics']))} x {count(data['seeds'])}"),
                ("candidates", count(data["requests"]["rows"])),
                ("failed", f"{count(data['failures']['total'])} ({pct(data['failures']['share'], 2)})"),
-               ("tokens written", count(data["requests"]["completion_tokens"]))]
+               ("sent", f"{count(data['requests']['attempts'])} requests, {count(data['requests']['retries'])} again"),
+               ("tokens written", count(data["requests"]["completion_tokens"])),
+               ("answers at max_new_tokens", count(data["verification"]["at_max_new_tokens"]))]
+    if kinds := defect_kinds(data):
+        figures.insert(5, ("found by verification", ", ".join(
+            f"{k} {count(found)}" + (f" ({count(left)} left)" if left < found else "") for k, found, left in kinds)))
     if judge := data["judge"]:
         figures += [("judge", judge["model"]), ("judgements", f"{count(judge['calls'])}, {count(judge['abstained'])} "
                                                 f"comparisons abstained, {pct(judge['flip_rate'])} order flips")]

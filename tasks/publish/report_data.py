@@ -33,6 +33,7 @@ _TYPES = {"verdict_reason": pl.String, "dropped": pl.String, "kept": pl.Boolean}
 _BINS = 25
 _SAMPLES, _SAMPLE_CHARS = 6, 600
 _NAMED = 20
+_FACTS = ("planned", "usable", "repaired", "tokens", "attempts", "at_max_new_tokens")  # of a verified shard's manifest
 
 Row = dict[str, Any]
 
@@ -212,31 +213,40 @@ class Gatherer:
         return [m for m in found if m]
 
     def _verification(self) -> Row:
-        """What the checks of the grid found, over all shards."""
+        """What the checks of the grid found, over all shards: `found` before repair, `defects` after it."""
         counts: collections.Counter[str] = collections.Counter()
         defects: collections.Counter[str] = collections.Counter()
+        found: collections.Counter[str] = collections.Counter()
         cells: list[Row] = []
         for manifest in self._manifests():
             facts = manifest.facts
-            counts.update({k: facts.get(k) or 0 for k in ("planned", "usable", "repaired", "tokens", "attempts")})
+            counts.update({k: facts.get(k) or 0 for k in _FACTS})
             counts["dropped_prompts"] += len(facts.get("dropped_prompts") or ())
             defects.update(facts.get("defects") or {})
+            found.update(facts.get("found") or facts.get("defects") or {})
             cells += (facts.get("cells") or [])[:_NAMED - len(cells)]
-        keys = ("planned", "usable", "repaired", "dropped_prompts", "attempts", "tokens")
-        return {"policy": self.ctx.config.limits.incomplete_prompts, **{k: int(counts[k]) for k in keys},
-                "defects": dict(sorted(defects.items())), "cells": cells}
+        return {"policy": self.ctx.config.limits.incomplete_prompts,
+                **{k: int(counts[k]) for k in (*_FACTS, "dropped_prompts")},
+                "found": dict(sorted(found.items())), "defects": dict(sorted(defects.items())), "cells": cells}
 
     def _dataset(self) -> dict[str, int]:
         manifests = {s: self.ctx.store.manifest(f"dataset/{s}.parquet") for s in ("train", "validation")}
         return {split: m.rows or 0 for split, m in manifests.items() if m}
 
     def _servers(self) -> list[Row]:
-        """Who generated, by address; rows that no server answered are under `unknown`."""
+        """Who generated, by address; rows that no server answered are under `unknown`.
+
+        Servers of the run that have no row stand there too; `answered`: whether it ever said what it is.
+        """
         out = []
+        for record in (self.ctx.raw.get("servers") or {}).get("generator") or []:
+            if record["url"] not in self.requests.servers:
+                out.append({"url": record["url"], "rows": 0, "failed": 0, "tokens": 0, "mean_latency_s": None,
+                            "answered": "honours_seeds" in record})
         for url, s in sorted(self.requests.servers.items()):
             out.append({"url": url, "rows": int(s["rows"]), "failed": int(s["failed"]), "tokens": int(s["tokens"]),
-                        "mean_latency_s": ratio(s["latency_s"], s["timed"])})
-        return out
+                        "mean_latency_s": ratio(s["latency_s"], s["timed"]), "answered": True})
+        return sorted(out, key=lambda s: s["url"])
 
     # -- samples ---------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tasks.publish import report_counts as counts
 from tasks.publish import report_sections as sections
 from tasks.publish.report_parts import count, esc, headline, pct, short
 from tasks.publish.report_style import CSS, JS
@@ -14,7 +15,7 @@ def render_html(data: dict[str, Any]) -> str:
     """The whole page from what `gather` returned."""
     body = [
         _header(data), sections.leaderboard(data), tradeoff(data), sections.grid(data), sections.correctness(data),
-        sections.sources(data), sections.funnel(data), lengths(data), sections.failures(data), sections.judge(data),
+        sections.sources(data), counts.funnel(data), lengths(data), counts.failures(data), sections.judge(data),
         sections.samples(data), sections.provenance(data),
     ]
     return (

@@ -125,6 +125,12 @@ def table(head: Sequence[tuple[str, str]], rows: Iterable[Sequence[tuple[Any, st
     return f"<table{kind}><thead><tr>{cells}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
+def section(title: str, body: str, note: str = "") -> str:
+    """One box of the page."""
+    about = f'<p class="note">{note}</p>' if note else ""
+    return f"<section><h2>{esc(title)}</h2>{about}{body}</section>"
+
+
 def counts_table(title: str, counts: dict[str, int], total: int | None = None) -> str:
     """A two- or three-column table of counts, the largest first."""
     share = [] if not total else [("share", "")]

@@ -11,25 +11,19 @@ from tasks.publish.report_parts import (
     RANKED_BY,
     Row,
     count,
-    counts_table,
     esc,
     figure_text,
     interval_bar,
     limits,
     num,
     pct,
+    section,
     table,
 )
 
 _SHOWN = 20
 _NO_CUT = "no truncation"
 _NO_LABEL = f'<p class="soft">{MISSING}</p>'
-
-
-def section(title: str, body: str, note: str = "") -> str:
-    """One box of the page."""
-    about = f'<p class="note">{note}</p>' if note else ""
-    return f"<section><h2>{esc(title)}</h2>{about}{body}</section>"
 
 
 def _name(h: Row) -> str:
@@ -174,65 +168,6 @@ def correctness(data: Row) -> str:
             "Wilson intervals, for as many independent answers as the prompts' spread shows."
             + (f" Without a verdict: {count(silent)} ({why})." if silent else ""))
     return section("Correctness", body, note)
-
-
-# -- counts --------------------------------------------------------------------------------------
-
-
-def funnel_steps(data: Row) -> list[tuple[str, int]]:
-    """The steps from the plan to the dataset that were reached."""
-    f = data["funnel"]
-    steps = [(k, f[k]) for k in ("planned", "answered", "usable", "labelled")]
-    if f["labelled"] is not None and f["checked"]:
-        steps.append(("not found wrong", f["labelled"] - (f["checked"] - f["correct"])))
-    return [(k, n) for k, n in [*steps, ("kept", f["kept"])] if n is not None]
-
-
-def funnel(data: Row) -> str:
-    """From planned requests to kept rows, and why rows were dropped."""
-    steps = funnel_steps(data)
-    whole = steps[0][1] or 1
-    bars = "".join(f'<span>{esc(k)}</span><div><i style="width:{round(100 * n / whole, 2)}%"></i></div>'
-                   f"<span>{count(n)}<br><small class='soft'>{pct(n / whole, 1)}</small></span>" for k, n in steps)
-    body = f'<div class="fun">{bars}</div>'
-    if data["drops"]:
-        per = " and ".join(data["per"])
-        best = "not the best" if data["top_k"] == 1 else f"not among the {data['top_k']} best"
-        rule = {"below_top_k": f"{best} of their {per}", "incorrect": "found wrong by the verifier",
-                "unusable": "failed, or their prompt was left out", "unlabelled": "without any label"}
-        shown = {rule.get(str(k), str(k)): n for k, n in data["drops"].items()}
-        body += "<h3>Not kept</h3>" + counts_table("why", shown, sum(data["drops"].values()))
-    if data["dataset"]:
-        body += "<p>Dataset: " + ", ".join(f"{count(n)} rows in {esc(k)}" for k, n in data["dataset"].items()) + ".</p>"
-    checked = data["funnel"]["checked"]
-    note = f"Correct where verified: {count(data['funnel']['correct'])} of {count(checked)}." if checked else ""
-    return section("From plan to dataset", body, note)
-
-
-def failures(data: Row) -> str:
-    """Failed requests by kind and server, and what verification of the grid found."""
-    f, v = data["failures"], data["verification"]
-    if f["total"]:
-        whole = count(data["requests"]["rows"])
-        body = f"<p>{count(f['total'])} of {whole} candidates failed ({pct(f['share'], 2)}).</p>"
-        rows = [[(k, esc(k)), (n, count(n)), (None, esc(f["examples"].get(k) or DASH))] for k, n in
-                sorted(f["by_kind"].items(), key=lambda kv: -kv[1])]
-        body += table([("kind", "l"), ("count", ""), ("an example", "l")], rows)
-        rows = [[(s["url"], esc(s["url"])), (s["rows"], count(s["rows"])), (s["failed"], count(s["failed"])),
-                 (s["mean_latency_s"], num(s["mean_latency_s"]))] for s in data["servers"]]
-        head = [("server", "l"), ("rows", ""), ("failed", ""), ("mean seconds", "")]
-        body += "<h3>By server</h3>" + table(head, rows)
-    else:
-        body = "<p>None: every request of the grid has an answer.</p>"
-    found = ", ".join(f"{esc(k)} {count(n)}" for k, n in v["defects"].items()) or "none"
-    body += (f"<h3>Verification of the grid</h3><p>Policy {esc(v['policy'])}. Mended: {count(v['repaired'])}. "
-             f"Prompts left out: {count(v['dropped_prompts'])}. Defects left: {found}.</p>")
-    if v["cells"]:
-        rows = [[(c["prompt_id"], f"<code>{esc(c['prompt_id'][:12])}</code>"), (c["heuristic"], esc(c["heuristic"])),
-                 (c["seed"], esc(c["seed"])), (c["defect"], esc(c["defect"]))] for c in v["cells"]]
-        body += (f"<details><summary>The first {len(rows)} defective cells</summary>"
-                 + table([("prompt", "l"), ("heuristic", "l"), ("seed", ""), ("defect", "l")], rows) + "</details>")
-    return section("Failures", body)
 
 
 # -- judge, sources, samples ---------------------------------------------------------------------

@@ -16,9 +16,9 @@ from tasks.publish.report_parts import (
     num,
     pareto,
     pct,
+    section,
     ticks,
 )
-from tasks.publish.report_sections import section
 
 _W, _H = 640, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 16, 14, 58
@@ -155,7 +155,7 @@ def lengths(data: Row) -> str:
     legend = "".join(f'<span><i style="background:var(--c{c % _COLOURS})"></i>{esc(r)}: {count(reasons.get(r))} '
                      f"({pct((reasons.get(r) or 0) / found['n'], 1)})</span>" for c, r in enumerate(order))
     note = (f"Median {count(found['median'])} tokens, mean {num(found['mean'], 1)}, nine in ten at most "
-            f"{count(found['p90'])}; the limit is {count(data['max_new_tokens'])}. Finish reason "
-            "<code>length</code>: cut off at the limit.")
+            f"{count(found['p90'])}; the limit is {count(data['max_new_tokens'])} (max_new_tokens), which "
+            f"{count(data['verification']['at_max_new_tokens'])} answers reached: finish reason <code>length</code>.")
     return section("Completion lengths", _svg(body, "Histogram of completion lengths by finish reason")
                    + f'<div class="legend">{legend}</div>', note)

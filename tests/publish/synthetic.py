@@ -55,7 +55,8 @@ def make_run(folder: Path, *, heuristics: int = 12, prompts: int = 12, seeds: in
                         "processors": [{"name": p.name, "params": p.params} for p in h.processors]} for h in chosen],
         "servers": {"generator": [{"url": "http://127.0.0.1:1", "max_in_flight": 8, "honours_seeds": True},
                                   {"url": "http://127.0.0.1:2", "max_in_flight": 8, "honours_seeds": False,
-                                   "info": {"version": "0.5.23", "dtype": "float32", "model_path": "/home/me/tiny"}}],
+                                   "info": {"version": "0.5.23", "dtype": "float32", "model_path": "/home/me/tiny"}},
+                                  {"url": "http://127.0.0.1:4", "max_in_flight": None}],
                     "judge": [{"url": "http://127.0.0.1:3", "max_in_flight": 8, "honours_seeds": True}]},
         "versions": {"winnow": "0.1.0", "python": "3.11.9", "sglang": "0.5.23"},
     })
@@ -103,6 +104,8 @@ class _Writer:
         self.store.write_table(
             shard_file("verified", shard), schema.table(rows, schema.VERIFIED), "k", planned=len(rows),
             usable=len(usable), defects=defects, repaired=1, dropped_prompts=[],
+            found={k: defects.get(k, 0) + (k == "timeout") for k in {*defects, "timeout"}},
+            at_max_new_tokens=sum(r.get("completion_tokens") == 64 for r in rows),
             cells=[{"candidate_id": r["candidate_id"], "prompt_id": r["prompt_id"], "heuristic": SCRIPT,
                     "seed": r["seed"], "defect": r["status"]} for r in bad[:5]],
             tokens=sum(r.get("completion_tokens") or 0 for r in rows), attempts=sum(r["attempts"] for r in rows))

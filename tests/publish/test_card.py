@@ -94,6 +94,28 @@ def test_counts_are_those_of_the_report(data: dict[str, Any], text: str) -> None
     assert "33 in `train`, 3 in `validation`" in text
 
 
+def test_a_server_that_never_answered_is_named_as_such(text: str) -> None:
+    assert "- generator 3: never answered\n" in text and text.count("never answered") == 1
+
+
+def test_failures_before_repair_attempts_and_cut_answers_are_on_the_card(data: dict[str, Any], text: str) -> None:
+    found, verified = data["verification"]["found"], data["verification"]
+    for kind, n in found.items():
+        assert f"| {kind} | {n} | {verified['defects'].get(kind, 0)} |" in text
+    assert f"{data['requests']['attempts']} requests were sent" in text
+    assert "2 failed cells were mended" in text
+    assert f"{verified['at_max_new_tokens']} answers end where `max_new_tokens` cut them" in text
+
+
+def test_recorded_masks_are_a_known_limit_where_they_are_recorded(tmp_path: Path, text: str) -> None:
+    ctx = make_run(tmp_path, prompts=3, shards=1, heuristics=3)
+    raw = json.loads(Path(ctx.store.path("run.json")).read_text())
+    raw["config"]["generation"]["sampling_mask"] = True
+    ctx.store.write_json("run.json", raw)
+    assert "recorded for native top_k only" in card(Context(ctx.url), gather(ctx), {"train": 1})
+    assert "recorded for native top_k only" not in text
+
+
 def test_names_cannot_become_html_and_addresses_stay_private(text: str) -> None:
     assert SCRIPT not in text and "&lt;script>" in text
     assert "127.0.0.1" not in text and "/home/me" not in text

@@ -196,6 +196,40 @@ def test_verification_facts_are_summed_over_shards(ctx: Context, data: dict[str,
     assert found["repaired"] == 2 and found["planned"] == sum(f["planned"] for f in facts)
     assert found["defects"] == dict(sum((collections.Counter(f["defects"]) for f in facts), collections.Counter()))
     assert len(found["cells"]) == 10
+    assert found["found"]["timeout"] == found["defects"]["timeout"] + 2
+    assert all(found["found"][k] == n for k, n in found["defects"].items() if k != "timeout")
+
+
+def test_answers_that_reached_the_limit_are_counted(data: dict[str, Any], rows: pl.DataFrame) -> None:
+    reached = rows.filter(pl.col("completion_tokens") == 64).height
+    assert data["verification"]["at_max_new_tokens"] == reached > 0
+    assert f"| answers at max_new_tokens | {reached} |" in report.markdown(data)
+    assert f"which {reached} answers reached" in report.render_html(data)
+
+
+def test_failures_are_told_before_and_after_repair_with_all_attempts(data: dict[str, Any], rows: pl.DataFrame) -> None:
+    left = rows.filter(pl.col("status") == "timeout").height
+    row = re.search(r'<td class="l" data-v="timeout">timeout</td>(.*?)</tr>', report.render_html(data))
+    assert row and re.findall(r">([\d,]+)</td>", row[1]) == [str(left + 2), str(left)]
+    assert f"timeout {left + 2} ({left} left)" in report.markdown(data)
+    attempts = rows["attempts"].sum()
+    assert f"{attempts} requests were sent for them, {attempts - rows.height} of them again" in report.render_html(data)
+
+
+def test_what_a_repair_mended_to_the_last_is_told_too(data: dict[str, Any]) -> None:
+    mended = data | {"failures": data["failures"] | {"total": 0, "by_kind": {}},
+                     "verification": data["verification"] | {"defects": {}, "found": {"server_error": 3}}}
+    page = report.render_html(mended)
+    assert "None left: every request of the grid has an answer" in page and ">server_error</td>" in page
+    assert "server_error 3 (0 left)" in report.markdown(mended)
+
+
+def test_a_server_that_never_answered_is_among_the_servers(data: dict[str, Any]) -> None:
+    of = {s["url"]: s for s in data["servers"]}
+    assert (of["http://127.0.0.1:4"]["rows"], of["http://127.0.0.1:4"]["answered"]) == (0, False)
+    assert of["http://127.0.0.1:1"]["answered"] and sum(s["rows"] for s in data["servers"]) == data["requests"]["rows"]
+    page = report.render_html(data)
+    assert page.count("never answered") == 1
 
 
 def test_samples_are_kept_rows_of_all_sources_and_the_same_every_time(ctx: Context, data: dict[str, Any]) -> None:
@@ -222,7 +256,7 @@ def test_what_is_not_labelled_is_null_and_said(variants: dict[str, dict[str, Any
     json.dumps(data, allow_nan=False)
     page, short = report.render_html(data), report.markdown(data)
     for text in (page, short):
-        assert not re.search(r"\bnan\b|\binf\b|\bNone\b(?!: every request)", text)
+        assert not re.search(r"\bnan\b|\binf\b|\bNone\b(?!( left)?: every request)", text)
     if name in ("quality only, one seed", "no labels"):
         assert "not labelled" in page
         assert all(h["embedding_entropy"] is None and h["pass_rate"] is None for h in data["heuristics"])
