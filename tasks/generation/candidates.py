@@ -21,7 +21,7 @@ from tasks.generation.grid import Cell, Grid
 from tasks.generation.prompts import read_shard
 from tasks.serving.client import ServerFacts
 from tasks.serving.compile import Template, compile_heuristic, largest_mask
-from tasks.serving.pool import Outcome, Request
+from tasks.serving.request import Outcome, Request
 from tasks.stage import shard_file
 
 log = logging.getLogger("winnow.generate")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import time
 from dataclasses import dataclass
@@ -182,6 +183,8 @@ class SGLangClient:
         except TimeoutError as error:
             raise RequestFailed("timeout", f"no whole answer within {timeout_s:g} s") from error
         except aiohttp.ClientConnectorError as error:
+            if error.os_error.errno in (errno.EMFILE, errno.ENFILE):  # it is us: fewer connections are the mend
+                raise RequestFailed("overloaded", f"too many open files here (ulimit -n): {error}") from error
             raise RequestFailed("unreachable", _words(error)) from error
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError) as error:
             raise RequestFailed("disconnected", _words(error)) from error

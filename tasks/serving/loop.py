@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
+import resource
 import threading
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ class Loop:
         import uvloop
 
         _calm_collector()
+        _many_files()
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="winnow-requests", daemon=True)
         self._thread.start()
@@ -89,3 +91,11 @@ def _calm_collector() -> None:
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # or libraries that count what they leave behind complain at the end
+
+
+@functools.cache
+def _many_files() -> None:
+    """A connection is an open file, and 64 servers with 128 requests each are more than the usual 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -21,8 +21,7 @@ import asyncio
 import collections
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import orjson
@@ -31,80 +30,14 @@ from tasks.core.errors import UnreachableError
 from tasks.core.progress import ServerLoad
 from tasks.serving.balance import choose
 from tasks.serving.client import Reply, ServerFacts
+from tasks.serving.crashes import CRASHES_TO_POISON, Crashes, poison
 from tasks.serving.failures import RequestFailed
 from tasks.serving.fleet import Fleet, Limits
+from tasks.serving.request import Outcome, Request, Source
 from tasks.serving.server import Server
 
-CRASHES_TO_POISON = 2
 _TICK_S = 0.1
-_SETTLE_S = 0.05
 _HOPELESS = 200
-_FLAKY = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a request ended: a reply, or the last failure; either is a row."""
-
-    reply: Reply | None
-    failure: RequestFailed | None
-    attempts: int
-    """Times it was sent."""
-    server: str | None
-    facts: ServerFacts | None
-    """What the server that answered last says of itself."""
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    """One request, from the plan to its outcome."""
-
-    build: Callable[[ServerFacts], bytes]
-    """The body for the server that was chosen."""
-    settle: Callable[[Outcome], None]
-    """Called once, with the outcome."""
-    rid: str | None = None
-    crashes: int = 0
-    """Crashes of servers that it was in flight at, also in an earlier process."""
-    suspected: Callable[[int], None] | None = None
-    """Called with `crashes` when it grows, so that the next process may know."""
-    masked: Callable[[ServerFacts], bool] | None = None
-    """Whether the body for that server asks for its sampling mask; None: never."""
-    sent: int = field(default=0, init=False)
-    resets: int = field(default=0, init=False)
-    strikes: int = field(default=0, init=False)
-    spent_s: float = field(default=0.0, init=False)
-    last: Server | None = field(default=None, init=False)
-    source: _Source | None = field(default=None, init=False)
-    facts: ServerFacts | None = field(default=None, init=False)  # of `last`, when it was sent there
-
-
-@dataclass(eq=False)
-class _Source:
-    """A stream of requests, of one shard: pulled from when a place is free."""
-
-    requests: Iterator[Request]
-    left: int
-    done: asyncio.Future[None]
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    open: int = 0
-    exhausted: bool = False
-
-    def fail(self, error: BaseException) -> None:
-        if isinstance(error, StopIteration):  # a future refuses it, and who waits would wait for ever
-            error = RuntimeError(f"a callback raised {error!r}")
-        if not self.done.done():
-            self.done.set_exception(error)
-
-
-@dataclass(eq=False)
-class _Break:
-    """Connections to one server that broke at about the same time."""
-
-    survivors: set[Request]
-    broken: list[tuple[Request, RequestFailed]]
-    heard: int
-    at: float
 
 
 class ServerPool:
@@ -118,14 +51,12 @@ class ServerPool:
         self.fleet = Fleet(servers, limits, admit, self._dispatch)
         self._queue: collections.deque[Request] = collections.deque()  # those that were sent before
         self._suspects: collections.deque[Request] = collections.deque()  # and of them those that were at a crash
-        self._sources: set[_Source] = set()
-        self._pull: collections.deque[_Source] = collections.deque()  # those that have requests to come
+        self._sources: set[Source] = set()
+        self._pull: collections.deque[Source] = collections.deque()  # those that have requests to come
         self._pausing = 0  # requests that wait for their pause to end
-        self._breaks: dict[Server, _Break] = {}
+        self._crashes = Crashes(self.fleet, self._again, self._settle, self._dispatch)
         self._caretaker: asyncio.Task[None] | None = None
         self._gone: UnreachableError | None = None
-        self._resets = 0  # requests whose connection broke although the server lived
-        self._good = 0  # answers
         self._failed_in_a_row, self._last_good = 0, 0.0
         self._closed = False
 
@@ -164,7 +95,7 @@ class ServerPool:
             raise self._gone
         if self._closed:
             raise RuntimeError("the pool is closed")
-        source = _Source(iter(requests), count, asyncio.get_running_loop().create_future())
+        source = Source(iter(requests), count, asyncio.get_running_loop().create_future())
         if not self._sources:
             self._last_good = time.monotonic()
             self.fleet.woke()
@@ -180,7 +111,7 @@ class ServerPool:
             if source.open or not source.exhausted:  # it failed, or was cancelled
                 await self._drop(source)
 
-    async def _drop(self, source: _Source) -> None:
+    async def _drop(self, source: Source) -> None:
         if source in self._pull:
             self._pull.remove(source)
         if not source.done.done():
@@ -279,7 +210,7 @@ class ServerPool:
                 self._pull.popleft()
                 source.exhausted = True
             if request.crashes >= CRASHES_TO_POISON:
-                self._settle(request, None, _poison(request), None)
+                self._settle(request, None, poison(request), None)
             elif request.crashes:  # of an earlier process: a suspect
                 self._suspects.append(request)
                 asyncio.get_running_loop().call_soon(self._dispatch)
@@ -288,7 +219,7 @@ class ServerPool:
         return None
 
     @staticmethod
-    def _finish(source: _Source) -> None:
+    def _finish(source: Source) -> None:
         if source.exhausted and not source.open and not source.done.done():
             source.done.set_result(None)
 
@@ -340,7 +271,7 @@ class ServerPool:
             self._failed(request, server, failure, in_flight)
         elif reply is not None:
             server.answered(reply, full=bool(self._queue or self._pull or self._suspects))
-            self._good += 1
+            self._crashes.good += 1
             self._failed_in_a_row, self._last_good = 0, time.monotonic()
             self._settle(request, reply, None, server)
         self._refill(server)
@@ -366,7 +297,7 @@ class ServerPool:
     def _failed(self, request: Request, server: Server, failure: RequestFailed, in_flight: int) -> None:
         server.failed(failure, in_flight)
         if failure.kind == "disconnected":
-            self._broke(request, server, failure)
+            self._crashes.broke(request, server, failure)
             return
         if failure.kind == "unreachable":
             server.dead = True
@@ -403,84 +334,6 @@ class ServerPool:
             (self._suspects if request.crashes else self._queue).append(request)
             self._dispatch()
 
-    def _broke(self, request: Request, server: Server, failure: RequestFailed) -> None:
-        """A connection broke with the request in flight: find out whether the server died."""
-        if server in self._breaks:
-            self._breaks[server].broken.append((request, failure))
-            return
-        if server.dead:  # a moment ago, and this one was there as well
-            self._crashed(server, [request])
-            return
-        self._breaks[server] = _Break(set(server.flying), [(request, failure)], server.heard, time.monotonic())
-        self.fleet.spawn(self._look(server, server.state))
-        if server.takes_work:
-            server.state = "checking"
-
-    async def _look(self, server: Server, before: str) -> None:
-        """Did the server die, or only a connection? It died if it does not answer now, or if all that was in flight
-        there broke together (it may be up again already)."""
-        await asyncio.sleep(_SETTLE_S)
-        lives = False
-        for pause in (0.2, 0.0):
-            try:
-                await server.client.get("/model_info", timeout_s=3)
-                lives = True
-                break
-            except RequestFailed as error:
-                if error.kind == "unreachable":
-                    break
-                await asyncio.sleep(pause)
-        seen = self._breaks.pop(server)
-        broken = {r for r, _ in seen.broken}
-        # unless what answered is a new process already
-        others_live = ((server.heard > seen.heard or bool(seen.survivors & server.flying))
-                       and server.client.newest_connection < seen.at)
-        if (lives or others_live) and not (len(broken) > 1 and not others_live):
-            if server.state == "checking":
-                server.state = "trial" if before == "trial" else "up"
-            server.dead = False
-            for request, failure in seen.broken:
-                self._cut_off(request, server, failure)
-        else:
-            server.dead = True
-            server.go_down(f"it died with {len(broken)} request{'s' if len(broken) > 1 else ''} in flight")
-            self._crashed(server, list(broken))
-        self._dispatch()
-
-    def _cut_off(self, request: Request, server: Server, failure: RequestFailed) -> None:
-        """The connection broke and the server lives. The second time it may well be the request that does it, to a
-        server that is restarted at once; unless connections break all the time, for then it is the network."""
-        request.resets += 1
-        self._resets += request.resets == 1
-        server.faults_in_a_row += 1
-        if server.takes_work and server.wants_rest() and self.fleet.others_work(server):
-            server.go_down("connections to it keep breaking")  # all that is sent there: then it is the server
-        if self._deadly(request):
-            self._settle(request, None, RequestFailed("poison", "its connection broke twice, at servers where others "
-                                                      "lived; not sent again"), server)
-        else:
-            self._again(request, server, failure)
-
-    def _deadly(self, request: Request) -> bool:
-        """Whether two crashes are enough to call it poison; a reset may be one, unless resets are common."""
-        flaky = self._resets > _FLAKY and self._resets**2 > 0.1 * self._good  # then some meet two by chance
-        return request.crashes + (0 if flaky else request.resets) >= CRASHES_TO_POISON
-
-    def _crashed(self, server: Server, requests: list[Request]) -> None:
-        for request in requests:
-            request.crashes += 1
-            try:
-                if request.suspected:
-                    request.suspected(request.crashes)
-            except Exception as error:
-                assert request.source is not None
-                request.source.fail(error)
-                continue
-            if self._deadly(request):
-                self._settle(request, None, _poison(request), server)
-            else:
-                self._again(request, server, RequestFailed("crashed", "the server died"))
-
     async def _take_care(self) -> None:
         """Look after the servers until there is nothing to do."""
         try:
@@ -515,7 +368,3 @@ class ServerPool:
         for source in self._sources:
             source.fail(RuntimeError("the pool was closed"))
         await self.fleet.close()
-
-
-def _poison(request: Request) -> RequestFailed:
-    return RequestFailed("poison", f"in flight at {request.crashes} crashes of servers; not sent again")

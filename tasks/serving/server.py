@@ -15,7 +15,7 @@ from tasks.serving.failures import RequestFailed
 from tasks.serving.limit import AdaptiveLimit
 
 if TYPE_CHECKING:
-    from tasks.serving.pool import Request
+    from tasks.serving.request import Request
 
 log = logging.getLogger("winnow.pool")
 

@@ -13,7 +13,8 @@ import orjson
 
 from tasks.serving.client import ServerFacts
 from tasks.serving.fleet import Limits
-from tasks.serving.pool import Outcome, Request, ServerPool
+from tasks.serving.pool import ServerPool
+from tasks.serving.request import Outcome, Request
 from tests import fake_answers
 from tests.fake_sglang import FakeSGLang
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tasks.core.errors import UnreachableError
 from tasks.serving.loop import gather_all
-from tasks.serving.pool import Outcome, Request, ServerPool
+from tasks.serving.pool import ServerPool
+from tasks.serving.request import Outcome, Request
 from tests.fake_sglang import FakeSGLang
 from tests.serving.asking import (
     VOCAB,

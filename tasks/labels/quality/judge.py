@@ -12,7 +12,7 @@ from tasks.context import Context
 from tasks.core.identity import digest
 from tasks.labels.quality.templates import load_template, outcome
 from tasks.serving.loop import gather_all
-from tasks.serving.pool import Outcome
+from tasks.serving.request import Outcome
 
 # neutral and complete: nothing of the server's own defaults may reach a judgement
 _SAMPLING = {
