@@ -171,8 +171,10 @@ class Store:
         """
         rows = 0
         with self._writing(relative), self._target(relative) as out:
-            # checksums: what is left of a damaged file can then be told from what is lost
-            with pq.ParquetWriter(out, schema, compression="zstd", write_page_checksum=True,
+            # By name: Arrow must not hold a Python file, which it would close from a thread of its own, perhaps while
+            # the interpreter ends (seen after a disk had filled: a segmentation fault in place of the exit code).
+            # Checksums: what is left of a damaged file can then be told from what is lost.
+            with pq.ParquetWriter(out.name, schema, compression="zstd", write_page_checksum=True,
                                   use_dictionary=_repetitive(schema)) as writer:  # pyright: ignore[reportArgumentType]
                 for table in tables:
                     rows += table.num_rows
@@ -181,7 +183,7 @@ class Store:
             return self._publish(relative, out, key, rows, known)
 
     def _target(self, relative: str) -> Any:
-        return _aside(self.path(relative)) if self.local else tempfile.TemporaryFile(dir=self._scratch())
+        return _aside(self.path(relative)) if self.local else tempfile.NamedTemporaryFile(dir=self._scratch())
 
     @contextlib.contextmanager
     def _writing(self, relative: str) -> Iterator[None]:
@@ -294,7 +296,7 @@ class _aside:
     def __init__(self, target: str) -> None:
         self.target, folder = target, os.path.dirname(target)
         os.makedirs(folder, exist_ok=True)
-        handle, self.temporary = tempfile.mkstemp(prefix=".", suffix=_ASIDE, dir=folder)
+        handle, self.name = tempfile.mkstemp(prefix=".", suffix=_ASIDE, dir=folder)
         self.file = os.fdopen(handle, "w+b")
 
     def __getattr__(self, name: str) -> Any:
@@ -306,8 +308,8 @@ class _aside:
     def commit(self) -> None:
         self.file.flush()
         os.fsync(self.file.fileno())
-        os.chmod(self.temporary, 0o644)  # mkstemp's 0600 would hide the dataset from other users
-        os.replace(self.temporary, self.target)
+        os.chmod(self.name, 0o644)  # mkstemp's 0600 would hide the dataset from other users
+        os.replace(self.name, self.target)
         folder = os.open(os.path.dirname(self.target), os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -318,8 +320,8 @@ class _aside:
         try:
             self.file.close()  # which writes what is buffered, and so fails once more on a full disk
         finally:
-            if os.path.exists(self.temporary):
-                os.unlink(self.temporary)
+            if os.path.exists(self.name):
+                os.unlink(self.name)
 
 
 class Journal:
