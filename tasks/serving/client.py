@@ -80,7 +80,7 @@ class _Connector(aiohttp.TCPConnector):
 
 
 class SGLangClient:
-    """Talks to one server; one instance per event loop. Holds no state but its connections."""
+    """Talks to one server; one instance per event loop."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -88,6 +88,7 @@ class SGLangClient:
         self._connector: _Connector | None = None
         self._requests: aiohttp.ClientSession | None = None
         self._control: aiohttp.ClientSession | None = None
+        self._echoes = False  # its answers have borne the request's id
 
     @property
     def newest_connection(self) -> float:
@@ -168,7 +169,8 @@ class SGLangClient:
                        masked: bool = False) -> Reply:
         """POST /generate. Raises RequestFailed for everything but a whole, well-formed answer.
 
-        `rid`: the request's id, which the answer must bear; `vocab`: its ids must lie below; `masked`: it must have the
+        `rid`: the request's id, which the answer must bear too if this server has ever done so (something between us
+        may number requests its own way); `vocab`: its ids must lie below; `masked`: it must have the
         sampling mask, which the request asks for.
         """
         started = time.monotonic()
@@ -192,7 +194,9 @@ class SGLangClient:
             raise RequestFailed("bad_response", _words(error)) from error
         if status != 200:
             raise _refusal(status, content, answer.headers.get("Retry-After"))
-        return _parse(content, time.monotonic() - started, rid, vocab, masked)
+        reply = _parse(content, time.monotonic() - started, rid if self._echoes else None, vocab, masked)
+        self._echoes = self._echoes or (rid is not None and reply.meta.get("id") == rid)
+        return reply
 
 
 def _words(error: BaseException) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,7 +19,7 @@ import yaml
 
 from tasks.context import Context
 from tests.fake_sglang import FakeSGLang
-from tests.runs import make_config
+from tests.runs import build, make_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,3 +149,44 @@ def test_a_prefect_server_that_does_not_answer_is_exit_code_4(tmp_path, tiny_mod
         assert done.returncode == 4
         assert "PREFECT_API_URL" in done.stderr
         assert server.requests == []
+
+
+def rows_of(raw: dict[str, Any]) -> list[list[dict]]:
+    store = Context(f"{raw['runs_dir']}/test").store
+    return [store.read(path).drop_columns(["latency_s", "attempts", "server"]).to_pylist()
+            for path in store.glob("candidates/*/*.parquet") + store.glob("verified/*.parquet")]
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="sets another process's limits, which only Linux can")
+@pytest.mark.timeout(120)
+def test_a_full_disk_ends_a_run_with_a_message_and_130_and_room_lets_it_go_on(tmp_path, tiny_model, home, api):
+    in_flight = 2
+    with FakeSGLang(delay_s=0.1) as server:
+        calm = make_config(tmp_path / "calm", tiny_model, [server.url], labels=[])
+        build(calm, ["generate", "verify"])
+        server.requests.clear()
+        server.answered.clear()
+        raw = make_config(tmp_path, tiny_model, [server.url], labels=[])
+        raw["servers"]["generator"][0]["max_in_flight"] = in_flight
+        config = tmp_path / "run.yaml"
+        config.write_text(yaml.safe_dump(raw))
+
+        process = start(config, home, api=api)
+        while len(server.requests) < 9 and process.poll() is None:
+            time.sleep(0.01)
+        # no file of the process may grow beyond this: to a writer as a disk that is full
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        code, said = finish(process)
+        assert code == 130, said
+        assert str(tmp_path / "runs/test/") in said
+        assert "make room and run the same command again to go on" in said
+        assert "Traceback" not in said
+        assert len(server.requests) < 20  # nobody tried it again and again
+        folder = tmp_path / "runs/test"
+        assert not list(folder.rglob("*.winnow-tmp"))
+
+        build(raw, ["generate", "verify"])
+        # each of three shards finds out for itself
+        assert sum(n - 1 for n in server.answered.values()) <= in_flight + 3
+    assert rows_of(raw) == rows_of(calm)
+    assert not list(folder.rglob("*.jsonl"))
