@@ -67,7 +67,7 @@ def run(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None) -
     from flows.prefect_server import prefect_api
     from flows.servers import require_reachable, state_dir
 
-    if needs_servers(opened):
+    if needs_servers(opened, deep=False):  # an early word; the flow reads the files
         require_reachable(resolved)
     with prefect_api(state_dir(resolved) / "prefect.log", terminal.notice, _debug):
         from flows import build

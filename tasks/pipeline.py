@@ -64,10 +64,10 @@ def reconsider(ctx: Context) -> int:
     return owed
 
 
-def needs_servers(ctx: Context) -> bool:
-    """Whether a stage that asks servers has shards left."""
+def needs_servers(ctx: Context, deep: bool = True) -> bool:
+    """Whether a stage that asks servers has shards left; `deep` reads the files that stand."""
     asking = [Candidates.name, Verified.name, *(["quality"] if "quality" in ctx.config.labels else [])]
-    return any(not is_done(stage(name), ctx, shard, deep=True) for name in asking for shard in range(ctx.shards))
+    return any(not is_done(stage(name), ctx, shard, deep=deep) for name in asking for shard in range(ctx.shards))
 
 
 def shortfall(ctx: Context) -> str | None:

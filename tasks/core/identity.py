@@ -22,21 +22,14 @@ def prompt_id(source: str, row: dict[str, Any]) -> str:
     return digest("prompt", source, row)
 
 
-def candidate_id(
-    prompt: str, heuristic: str, seed: int, model: str, revision: str | None, generation: dict[str, Any]
-) -> str:
-    """Identity of one cell of the grid, under one model and generation config."""
-    return digest("candidate", prompt, heuristic, seed, model, revision, generation)
-
-
-def request_seed(run_seed: int, prompt: str, heuristic: str, seed: int) -> int:
-    """The sampling seed of one request, in [0, 2**62): never shared between requests (to a hash
-    collision), and the same however prompts are sharded or servers counted."""
-    return int(digest("seed", run_seed, prompt, heuristic, seed, size=8), 16) >> 2
-
-
 class CellIds:
-    """`candidate_id` and `request_seed` of many cells under one config, at a fraction of the cost."""
+    """The identities of a grid's cells under one model and generation config.
+
+    `candidate_id` is digest("candidate", prompt, heuristic, seed, model, revision, generation): one cell's identity.
+    `request_seed` is the first 62 bits of digest("seed", run_seed, prompt, heuristic, seed), in [0, 2**62): the
+    sampling seed of one request, never shared between requests (to a hash collision), and the same however prompts are
+    sharded or servers counted. The texts to digest are put together by hand, at a fraction of the cost.
+    """
 
     def __init__(self, run_seed: int, model: str, revision: str | None, generation: dict[str, Any]) -> None:
         self._seed_head = f'["seed",{canonical(run_seed)},'

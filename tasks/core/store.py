@@ -98,11 +98,6 @@ class Store:
                 return parquet.read(columns=columns, use_threads=self.local)
             return parquet.read_row_group(row_group, columns=columns, use_threads=False)  # small: threads cost more
 
-    def groups(self, relative: str) -> int:
-        """Row groups of a Parquet file."""
-        with self.open(relative) as file:
-            return pq.ParquetFile(file).num_row_groups
-
     def salvage(self, relative: str) -> Iterator[pa.Table]:
         """The row groups of a Parquet file that can't be trusted as a whole: those whose checksums hold."""
         try:

@@ -74,9 +74,14 @@ class Grid:
         """How many blocks the shard has."""
         return -(-len(self.prompts) // self.block_prompts)
 
+    @property
+    def block_cells(self) -> int:
+        """Cells of a whole block."""
+        return self.block_prompts * self._per_prompt
+
     def block(self, n: int, nth_seed: int | None = None) -> Iterator[Cell]:
         """The cells of a block in order; of one seed only where `nth_seed` says so."""
-        size = self.block_prompts * self._per_prompt
+        size = self.block_cells
         first, step = (0, 1) if nth_seed is None else (nth_seed, len(self.seeds))
         return (self.cell(i) for i in range(n * size + first, min((n + 1) * size, len(self)), step))
 

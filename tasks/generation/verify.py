@@ -18,7 +18,7 @@ from tasks.context import Context
 from tasks.core import schema
 from tasks.generation.answers import Answers, write_seed
 from tasks.generation.candidates import Candidates, Requester
-from tasks.generation.grid import CHECKED, Defect, Grid, Row, check
+from tasks.generation.grid import CHECKED, Cell, Defect, Grid, Row, check
 from tasks.stage import inputs_key, shard_file
 
 log = logging.getLogger("winnow.verify")
@@ -73,7 +73,7 @@ class Verified:
     def _check(self, ctx: Context, grid: Grid, shard: int) -> list[Defect]:
         out = []
         for b in range(grid.blocks):
-            out += _defects(ctx, grid, b, _read_block(ctx, shard, b))
+            out += _defects(ctx, grid, list(grid.block(b)), _read_block(ctx, shard, b))
         return out
 
     def _write(self, ctx: Context, grid: Grid, shard: int, repaired: int, stop_at_mendable: bool = False,
@@ -89,13 +89,14 @@ class Verified:
         def tables() -> Iterator[pa.Table]:
             for b in range(grid.blocks):
                 table = _read_block(ctx, shard, b)
-                found = _defects(ctx, grid, b, table)
+                cells = list(grid.block(b))
+                found = _defects(ctx, grid, cells, table)
                 if stop_at_mendable and any(d.kind not in FINAL for d in found):
                     raise _Mendable
                 defects.extend(found)
                 if ctx.config.limits.incomplete_prompts == "drop":
                     dropped.update(d.cell.prompt["prompt_id"] for d in found)
-                yield _usable(grid, b, table, {d.cell.candidate_id for d in found}, dropped, counts)
+                yield _usable(grid, cells, table, {d.cell.candidate_id for d in found}, dropped, counts)
 
         def kinds() -> dict[str, int]:
             return dict(collections.Counter(d.kind for d in defects))
@@ -148,14 +149,14 @@ def _read_block(ctx: Context, shard: int, b: int) -> pa.Table:
     return pa.concat_tables([ctx.store.read(path, row_group=b) for path in Candidates().outputs(ctx, shard)])
 
 
-def _defects(ctx: Context, grid: Grid, b: int, table: pa.Table) -> list[Defect]:
-    return check(list(grid.block(b)), table.select(CHECKED).to_pylist(), ctx.tokenizer, grid.max_new_tokens, grid.model)
+def _defects(ctx: Context, grid: Grid, cells: list[Cell], table: pa.Table) -> list[Defect]:
+    return check(cells, table.select(CHECKED).to_pylist(), ctx.tokenizer, grid.max_new_tokens, grid.model)
 
 
-def _usable(grid: Grid, b: int, table: pa.Table, bad: set[str], dropped: set[str], counts: collections.Counter[str]
-            ) -> pa.Table:
+def _usable(grid: Grid, cells: list[Cell], table: pa.Table, bad: set[str], dropped: set[str],
+            counts: collections.Counter[str]) -> pa.Table:
     """The candidates of a block in plan order, with `usable`."""
-    places = {cell.candidate_id: cell.number for cell in grid.block(b)}
+    places = {cell.candidate_id: cell.number for cell in cells}
     names = table.column("candidate_id").to_pylist()
     order = np.argsort([places.get(name, len(grid)) for name in names], kind="stable")
     table = table.take(order).combine_chunks()
@@ -179,13 +180,12 @@ class _Standing:
 
     def __init__(self, ctx: Context, path: str, grid: Grid) -> None:
         self._ctx, self._path, self._grid = ctx, path, grid
-        self._size = grid.block_prompts * len(grid) // max(1, len(grid.prompts))
         self._block = -1
         self._rows: dict[str, Row] = {}
 
     def get(self, number: int) -> Row | None:
         """The cell's row."""
-        if (block := number // self._size) != self._block:
+        if (block := number // self._grid.block_cells) != self._block:
             rows: list[dict[str, Any]] = self._ctx.store.read(self._path, row_group=block).to_pylist()
             self._block, self._rows = block, {r["candidate_id"]: r for r in rows}
         return self._rows.get(self._grid.cell(number).candidate_id)

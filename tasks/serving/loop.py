@@ -17,6 +17,7 @@ from tasks.core.errors import InterruptedRun
 
 T = TypeVar("T")
 
+
 async def gather_all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Results of all, in order; the first exception cancels the rest and is raised as it is."""
     try:

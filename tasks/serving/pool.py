@@ -128,8 +128,7 @@ class ServerPool:
             await asyncio.gather(*source.tasks, return_exceptions=True)
         finally:  # a task that was cancelled before its first step never ran: its place is taken still
             for server in self.fleet.servers:
-                for request in [r for r in server.flying if r.source is source]:
-                    self._land(request, server)
+                server.flying -= {r for r in server.flying if r.source is source}
             self._dispatch()
 
     # -- who gets what ---------------------------------------------------------------------------
@@ -228,20 +227,10 @@ class ServerPool:
         assert source is not None
         if not server.in_flight:
             server.quiet_since = time.monotonic()
-        server.in_flight += 1
         server.flying.add(request)
-        server.suspects += request.crashes > 0
         task = asyncio.create_task(self._attempt(request, server, server.in_flight))
         source.tasks.add(task)
         task.add_done_callback(source.tasks.discard)
-
-    @staticmethod
-    def _land(request: Request, server: Server) -> None:
-        """It is not in flight any more; called twice, it does nothing."""
-        if request in server.flying:
-            server.flying.discard(request)
-            server.in_flight -= 1
-            server.suspects -= request.crashes > 0
 
     async def _attempt(self, request: Request, server: Server, in_flight: int) -> None:
         began = time.monotonic()
@@ -263,7 +252,7 @@ class ServerPool:
             request.source.fail(error)
             return
         finally:
-            self._land(request, server)
+            server.flying.discard(request)
             request.last = server
             request.spent_s += time.monotonic() - began
         if failure is not None:
@@ -321,7 +310,7 @@ class ServerPool:
         if not failure.rule.again or request.strikes >= self.limits.attempts or (over and failure.rule.strike):
             self._settle(request, None, failure, server)
         elif not failure.rule.strike:
-            (self._suspects if request.crashes else self._queue).appendleft(request)
+            self._line(request).appendleft(request)
         else:
             pause = min(10.0, 0.1 * 2**request.strikes) * random.uniform(0.5, 1)
             request.spent_s += pause
@@ -331,8 +320,12 @@ class ServerPool:
     def _pause_over(self, request: Request) -> None:
         self._pausing -= 1
         if request.source is not None and not request.source.done.done():
-            (self._suspects if request.crashes else self._queue).append(request)
+            self._line(request).append(request)
             self._dispatch()
+
+    def _line(self, request: Request) -> collections.deque[Request]:
+        """Where it waits for its next attempt."""
+        return self._suspects if request.crashes else self._queue
 
     async def _take_care(self) -> None:
         """Look after the servers until there is nothing to do."""

@@ -44,8 +44,6 @@ class Server:
         self.note: str | None = None
         self.facts: ServerFacts | None = None
         self.flying: set[Request] = set()
-        self.in_flight = 0
-        self.suspects = 0
         self.heard = 0  # answers of any kind: signs of life
         self.answered_at = 0.0  # the last one that was good
         self.quiet_since = 0.0  # that, or when the first in flight was sent
@@ -67,6 +65,16 @@ class Server:
     def url(self) -> str:
         """Its address."""
         return self.client.url
+
+    @property
+    def in_flight(self) -> int:
+        """Requests there now."""
+        return len(self.flying)
+
+    @property
+    def suspects(self) -> int:
+        """Those of them that were in flight at a crash before."""
+        return sum(request.crashes > 0 for request in self.flying)
 
     @property
     def limit(self) -> int:
@@ -107,7 +115,15 @@ class Server:
 
     def _works_again(self) -> None:
         log.warning("%s works again", self.url)
+        self._up()
+
+    def _up(self) -> None:
         self.state, self.note, self.down_since, self._pause_s = "up", None, None, _PAUSE_S[0]
+
+    def _ask_later(self, at_most_s: float) -> None:
+        """The next question after a pause, which grows from one to the next."""
+        self.ask_at = time.monotonic() + min(self._pause_s, at_most_s) * random.uniform(0.75, 1)
+        self._pause_s = min(_PAUSE_S[1], self._pause_s * 1.6)
 
     def stalled(self, now: float) -> None:
         """Take it for as slow as it is silent, or the others would be left free for one that hangs."""
@@ -146,11 +162,9 @@ class Server:
             return
         if self.state not in ("down", "unfit") or self.note != why:
             log.warning("%s is not used for now: %s", self.url, why)
-        now = time.monotonic()
         self.state, self.note = ("unfit" if unfit else "down"), why
-        self.down_since = self.down_since or now
-        self.ask_at = now + self._pause_s * random.uniform(0.75, 1)
-        self._pause_s = min(_PAUSE_S[1], self._pause_s * 1.6)
+        self.down_since = self.down_since or time.monotonic()
+        self._ask_later(_PAUSE_S[1])
         self.faults_in_a_row = self.refusals_in_a_row = 0
 
     def no_answer(self, why: str) -> None:
@@ -159,8 +173,7 @@ class Server:
             self.go_down(why)
         elif self.state in ("down", "unfit"):
             self.state, self.note = "down", why
-            self.ask_at = time.monotonic() + min(self._pause_s, 5.0) * random.uniform(0.75, 1)
-            self._pause_s = min(_PAUSE_S[1], self._pause_s * 1.6)
+            self._ask_later(5.0)
 
     def admitted(self, facts: ServerFacts, asked_at: float) -> None:
         """It answered, and is a server that the run can use."""
@@ -173,7 +186,7 @@ class Server:
         if self.state == "joining" or (first and self.down_since is not None):
             if self.down_since is not None:
                 log.warning("%s answers: it joins", self.url)
-            self.state, self.note, self.down_since, self._pause_s = "up", None, None, _PAUSE_S[0]
+            self._up()
         elif self.state in ("down", "unfit"):
             self.state = "trial"
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tasks.core import identity
 from tasks.core.identity import CellIds
+from tests.plain_ids import candidate_id, request_seed
 
 HEX = st.text("0123456789abcdef", min_size=1, max_size=32)
 TEXT = st.text(max_size=8) | st.sampled_from(['"', "\\", "a,b", '"],[', "é\u2028", "\x00"])
@@ -18,8 +19,8 @@ GENERATIONS = st.dictionaries(TEXT, st.none() | st.booleans() | st.integers(-5, 
 def test_ids_of_many_cells_are_those_of_one_cell(run_seed, model, revision, generation, prompt, heuristic, seed):
     ids = CellIds(run_seed, model, revision, generation)
     assert ids(prompt, heuristic, seed) == (
-        identity.candidate_id(prompt, heuristic, seed, model, revision, generation),
-        identity.request_seed(run_seed, prompt, heuristic, seed))
+        candidate_id(prompt, heuristic, seed, model, revision, generation),
+        request_seed(run_seed, prompt, heuristic, seed))
 
 
 def test_a_cells_ids_are_the_same_in_every_version():
@@ -30,7 +31,7 @@ def test_a_cells_ids_are_the_same_in_every_version():
 
 @given(st.integers(0, 2**62), HEX, HEX, st.integers(0, 2**40))
 def test_a_seed_fits_an_int64_and_the_servers_range(run_seed, prompt, heuristic, seed):
-    assert 0 <= identity.request_seed(run_seed, prompt, heuristic, seed) < 2**62
+    assert 0 <= request_seed(run_seed, prompt, heuristic, seed) < 2**62
 
 
 def test_seeds_of_twenty_thousand_cells_are_distinct():

@@ -15,6 +15,7 @@ from tasks.core.config import Generation, RunConfig
 from tasks.core.heuristics import Heuristic, Processor
 from tasks.generation import grid as module
 from tasks.generation.grid import Grid
+from tests.plain_ids import candidate_id, request_seed
 
 GENERATION = {"max_new_tokens": 8}
 
@@ -59,8 +60,8 @@ def test_a_cells_ids_are_those_of_the_identity_module(prompts, heuristics, seeds
     for c in cells(grid):
         p, h = c.prompt["prompt_id"], c.heuristic.id
         assert c.heuristic_id == h
-        assert c.candidate_id == identity.candidate_id(p, h, c.seed, "m", None, generation)
-        assert c.request_seed == identity.request_seed(5, p, h, c.seed)
+        assert c.candidate_id == candidate_id(p, h, c.seed, "m", None, generation)
+        assert c.request_seed == request_seed(5, p, h, c.seed)
 
 
 @given(**SIZES)

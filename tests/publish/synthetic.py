@@ -13,10 +13,11 @@ from tasks.context import Context
 from tasks.core import schema
 from tasks.core.config import RunConfig
 from tasks.core.heuristics import Heuristic, Processor, expand
-from tasks.core.identity import candidate_id, prompt_id, request_seed
+from tasks.core.identity import prompt_id
 from tasks.core.store import Store
 from tasks.publish.score import Moments, score_shard
 from tasks.stage import shard_file
+from tests.plain_ids import candidate_id, request_seed
 
 Row = dict[str, Any]
 SCRIPT = "<script>alert(1)</script>"
