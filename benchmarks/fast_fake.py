@@ -273,7 +273,7 @@ async def _serve(options: argparse.Namespace) -> None:
     engine = Engine(options, loop)
     info = {
         "version": "fake", "model_path": options.model_path, "revision": None, "dtype": "float32",
-        "quantization": None, "context_length": 1 << 17, "max_total_num_tokens": 1 << 24,
+        "quantization": None, "context_length": None, "max_total_num_tokens": 1 << 24,
         "max_running_requests": options.concurrency,
         "max_queued_requests": options.queue, "sampling_backend": "pytorch", "attention_backend": "fake",
         "enable_deterministic_inference": not options.no_seeds, "random_seed": 0,

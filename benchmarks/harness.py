@@ -132,7 +132,7 @@ def make_config(folder: Path, servers: Sequence[tuple[str, int]], *, prompts: in
         "run": name, "runs_dir": str(folder / "runs"), "model": {"path": str(model_folder())},
         "servers": {"generator": [{"url": url, "max_in_flight": limit} for url, limit in servers]},
         "sources": [{"name": "bench", "path": str(sources)}], "heuristics": {"files": [str(grid)]},
-        "seeds": list(range(seeds)), "generation": {"max_new_tokens": tokens}, "labels": [],
+        "seeds": list(range(seeds)), "generation": {"generator": {"max_new_tokens": tokens}}, "labels": [],
         "limits": {"wait_for_servers_s": 30, "request_timeout_s": 120},
         "engine": {"shard_prompts": max(1, shard_requests // (heuristics * seeds)), "max_workers": workers},
     }

@@ -19,9 +19,18 @@ from rich.markup import escape
 
 from flows import terminal
 from flows.cli_servers import servers_app
-from flows.options import ConfigArg, RunArg, RunOption, RunsDir, SetOption, open_run_named
+from flows.options import (
+    ConfigArg,
+    MismatchOption,
+    RunArg,
+    RunOption,
+    RunsDir,
+    SetOption,
+    open_run_named,
+    with_mismatch,
+)
 from tasks.core.errors import InputError, InterruptedRun, WinnowError
-from tasks.core.resolve import flatten, load_config
+from tasks.core.resolve import flatten, load_config, recorded_run
 
 app = typer.Typer(
     name="winnow", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -45,19 +54,20 @@ def _main(debug: Annotated[bool, typer.Option("--debug", help="Show logs and tra
 
 
 @app.command()
-def run(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None) -> None:
+def run(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None,
+        allow_mismatch: MismatchOption = False) -> None:
     """Build the dataset: the main job, start to end.
 
     Run the same command again after an interruption: it goes on where it stopped, and finished shards are not made
-    again. A finished run says so.
+    again. A finished run says so. CONFIG may be the run.json of a run: the same plan again, id for id.
     """
     from flows.prepare import check, open_run
     from tasks.core.store import Store
     from tasks.pipeline import needs_servers
 
-    resolved, origins = load_config(config, sets, run_name)
+    resolved, origins = load_config(config, with_mismatch(sets, allow_mismatch), run_name)
     terminal.notice(f"checking {config}")
-    plan = check(resolved, origins)
+    plan = check(resolved, origins, recorded_run(config))
     if _is_finished(resolved, plan):
         return
     with Store(resolved.url).lock():  # said before anything is started; the flow takes it again
@@ -151,13 +161,13 @@ def plan(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None) 
     from flows.prepare import check
 
     resolved, origins = load_config(config, sets, run_name)
-    made = check(resolved, origins)
+    made = check(resolved, origins, recorded_run(config))
     counts = terminal.table(f"[bold]{resolved.run}[/bold]  ({resolved.url})", "", "", right=("",))
     counts.show_header = False
     for name, value in [
         ("prompts", len(made.prompts)), ("heuristics", len(made.heuristics)), ("seeds", len(resolved.seeds)),
         ("requests", made.requests), ("shards", made.shards), ("judge calls, at most", made.judge_calls()),
-        ("new tokens, at most", made.requests * resolved.generation.max_new_tokens),
+        ("new tokens, at most", made.requests * made.sampling.generation["generator"]["max_new_tokens"]),
     ]:
         counts.add_row(name, f"{value:,}")
     terminal.out.print(counts)
@@ -172,7 +182,9 @@ def plan(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None) 
 
 @app.command(name="config")
 def show_config(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None) -> None:
-    """Show the resolved config, each value with where it came from."""
+    """Show the resolved config, each value with where it came from, and what every request will say."""
+    from flows.prepare import resolve_sampling
+
     resolved, origins = load_config(config, sets, run_name)
     shown = terminal.table(None, "key", "value", "from", whole=("key", "from"))
     for key, value in flatten(resolved.model_dump(mode="json")).items():
@@ -180,6 +192,31 @@ def show_config(config: ConfigArg, sets: SetOption = None, run_name: RunOption =
         style = "dim" if origin == "default" else ""
         shown.add_row(escape(key), escape("null" if value is None else str(value)), escape(origin), style=style)
     terminal.out.print(shown)
+    sampling = resolve_sampling(resolved, origins, recorded_run(config))
+    sent = terminal.table("\n[bold]sent with every request[/bold]", "role", "field", "value", "from",
+                          whole=("field", "from"))
+    for role, found in sampling.generation.items():
+        for name, v in found.values_from.items():
+            style = "dim" if v.layer == "default" else ""
+            sent.add_row(role, name, escape(str(v.value)), escape(v.origin), style=style)
+    terminal.out.print(sent)
+    terminal.out.print(_in_words(resolved, sampling), soft_wrap=True)
+
+
+def _in_words(config: Any, sampling: Any) -> str:
+    """Which heuristics take temperature and cuts from where, and what the prompts are rendered with."""
+    model = sampling.inputs.model_defaults
+    whose = f"{model.source}" if model else f"{config.model.path} has no generation_config.json"
+    folded = sampling.named - len(sampling.heuristics)
+    equal = f" ({folded} equal ones folded)" if folded else ""
+    lines = [f"{len(sampling.heuristics)} heuristics{equal}: a heuristic's own temperature and cuts come before the "
+             "generator's above, only --set before them",
+             f"generation_config.json: {whose}"]
+    for role, template in sampling.inputs.chat_templates.items():
+        date = f", told the date {template.date}" if template.stamps_date else ""
+        lines.append(f"{role}'s chat template: {template.digest} ({template.origin}{date})")
+    lines += [f"note: {note}" for note in (model.notes if model else ())]
+    return escape("\n".join(lines))
 
 
 @app.command()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from flows import terminal
-from flows.options import ConfigArg, RunArg, RunsDir, SetOption, open_run_named
-from tasks.core.errors import UnreachableError, WinnowError
-from tasks.core.resolve import load_config
+from flows.options import ConfigArg, MismatchOption, RunArg, RunsDir, SetOption, open_run_named, with_mismatch
+from tasks.core.errors import InputError, UnreachableError
+from tasks.core.resolve import load_config, recorded_run
 
 if TYPE_CHECKING:
     from tasks.context import Context
+    from tasks.core.config import RunConfig
+    from tasks.core.heuristics import Heuristic
 
 servers_app = typer.Typer(no_args_is_help=True, help="Start, probe and stop the servers of a config; let servers join "
                                                      "and leave a run.")
@@ -29,15 +32,16 @@ class Role(StrEnum):
     judge = "judge"
 
 
-
-
 @servers_app.command("up")
 def servers_up(config: ConfigArg, sets: SetOption = None) -> None:
-    """Start the servers that the config launches and leave them running; runs then use them."""
+    """Start the servers that the config launches and leave them running; runs then use them.
+
+    One that runs already stays if it is what the config asks for; one that is not is stopped and started anew.
+    """
     from flows.servers import up
 
-    resolved, _ = load_config(config, sets)
-    started = up(resolved, terminal.notice)
+    resolved, heuristics = _resolved(config, sets)
+    started = up(resolved, heuristics, terminal.notice)
     if not started:
         terminal.out.print("the config launches no servers: its servers are urls")
     for record in started:
@@ -45,22 +49,44 @@ def servers_up(config: ConfigArg, sets: SetOption = None) -> None:
 
 
 @servers_app.command("check")
-def servers_check(config: ConfigArg, sets: SetOption = None) -> None:
-    """Ask each server of the config what it is."""
-    from flows.servers import probe
+def servers_check(config: ConfigArg, sets: SetOption = None, allow_mismatch: MismatchOption = False) -> None:
+    """Ask each server of the config what it is, and show in what it is not what the config asks for.
 
-    resolved, _ = load_config(config, sets)
-    found = probe(resolved)
-    shown = terminal.table(None, "role", "server", "model", "seeds", "custom processors", "SGLang", whole=("server",))
-    for role, url, facts in found:
-        if isinstance(facts, WinnowError):
-            shown.add_row(role, url, f"[red]{escape(str(facts))}[/red]", "", "", "")
-        else:
-            shown.add_row(role, url, escape(facts.model_path or "?"), "honoured" if facts.honours_seeds else "ignored",
-                          "yes" if facts.custom_processors else "no", str(facts.info.get("version", "?")))
+    Exit code 2 where a server given by url differs (without --allow-mismatch), 4 where none answers.
+    """
+    from flows.probing import probe
+    from tasks.serving.guard import table
+
+    found = probe(*_resolved(config, with_mismatch(sets, allow_mismatch)))
+    shown = terminal.table(None, "entry", "server", "", "model", "seeds", "custom processors", "SGLang",
+                           whole=("entry", "server"))
+    for server in found:
+        facts, colour = server.facts, "red" if server.refused else "yellow" if server.differences else "default"
+        shown.add_row(server.seat.key, server.url or "-", f"[{colour}]{escape(server.state)}[/{colour}]", *(
+            [escape(facts.model_path or "?"), "honoured" if facts.honours_seeds else "ignored",
+             "yes" if facts.custom_processors else "no", str(facts.info.get("version", "?"))] if facts else [""] * 4))
     terminal.out.print(shown)
-    if not any(not isinstance(f, WinnowError) for _, _, f in found):
+    for server in found:
+        if server.differences:
+            columns = ["setting", "asked for", "it is", *(["to mend"] if server.seat.url else [])]
+            different = terminal.table(f"\n[bold]{server.seat.key}[/bold]  {server.url}", *columns, whole=("setting",))
+            for row in table(server.differences, "expect" if server.seat.url else "none"):
+                different.add_row(*map(escape, row))
+            terminal.out.print(different)
+        for note in server.notes:
+            terminal.out.print(f"{server.seat.key}: {escape(note)}", soft_wrap=True)
+    if not any(server.facts for server in found):
         raise UnreachableError("no server of this config answers")
+    if wrong := [server.seat.key for server in found if server.refused]:
+        raise InputError(f"{', '.join(wrong)}: a run would not use {'it' if len(wrong) == 1 else 'them'}")
+
+
+def _resolved(config: Path, sets: list[str] | None) -> tuple[RunConfig, list[Heuristic]]:
+    """The config, and the heuristics that its servers are for."""
+    from flows.prepare import resolve_sampling
+
+    resolved, origins = load_config(config, sets)
+    return resolved, resolve_sampling(resolved, origins, recorded_run(config)).heuristics
 
 
 @servers_app.command("down")

@@ -12,6 +12,7 @@ from tasks.context import ROLES, Context
 from tasks.core.config import ServerConfig
 from tasks.core.errors import InputError, did_you_mean
 from tasks.serving import membership
+from tasks.serving.admission import departures
 from tasks.serving.client import ServerFacts
 
 # it may well come up in a minute; whatever else it answers, it is no server that a run could use
@@ -31,6 +32,9 @@ def join(ctx: Context, url: str, role: str | None, max_in_flight: int | None) ->
     if isinstance(facts, ServerFacts):
         if why := ctx.unfit(facts, roles):
             raise InputError(f"{url} can't join {ctx.config.run}: {why}")
+        for each in roles if ctx.config.allow_mismatch else ():
+            found = departures(ctx.config, ctx.heuristics, ctx.raw["servers"], facts, each)
+            notes += [f"{url}: {d}; let in nevertheless (allow_mismatch)" for d in found]
         if "generator" in roles and not facts.honours_seeds:
             notes.append(f"{url} ignores seeds: its rows can't be made again, and seed_effective says so")
     elif facts.kind in _NOT_YET:

@@ -1,246 +1,238 @@
-"""The servers of a run: those that run, those to start; what each says of itself."""
+"""The servers of a run: asked what they are, held against what they must be, recorded; those of ours started and
+stopped."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import dataclasses
 import logging
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from flows.prepare import update_run
+from flows.seats import Notice, Seat, Served, ask, ask_one, given, seated, seats_of, specs, state_dir, stop_all
 from tasks.context import ROLES, RUN_JSON, Context, reopen
-from tasks.core.config import Launch, RunConfig, ServerConfig
-from tasks.core.errors import InputError, UnreachableError, WinnowError
-from tasks.core.store import Store
-from tasks.serving import launcher, membership
-from tasks.serving.client import ServerFacts, SGLangClient
+from tasks.core.config import RunConfig
+from tasks.core.errors import InputError, UnreachableError
+from tasks.core.heuristics import Heuristic
+from tasks.serving import guard, launcher, membership
+from tasks.serving.admission import Recorded, departures
+from tasks.serving.client import ServerFacts
 from tasks.serving.compile import recording, unfit
 from tasks.serving.failures import RequestFailed
+from tasks.serving.launcher import ServerRecord
+from tasks.serving.same_model import same_model
+
+__all__ = ["Notice", "ask_one", "down", "require_reachable", "running", "specs", "state_dir", "up"]
 
 log = logging.getLogger("winnow.servers")
-
-Notice = Callable[[str], None]
-Address = tuple[str, int | None]
-"""A server's url and the most requests in flight there; None: to be found out."""
-
-# What of /server_info goes into run.json: what can shape a token, and never a key or a password.
-_RECORDED = ("version", "model_path", "revision", "dtype", "quantization", "context_length", "max_total_num_tokens",
-             "sampling_backend", "attention_backend", "enable_deterministic_inference", "random_seed",
-             "enable_custom_logit_processor", "preferred_sampling_params", "speculative_algorithm", "tp_size",
-             "dp_size", "device", "disable_radix_cache", "chunked_prefill_size", "kv_cache_dtype")
-
-
-def state_dir(config: RunConfig) -> Path:
-    """Where this machine keeps records and logs of the servers that Winnow started."""
-    if base := os.environ.get("WINNOW_STATE_DIR"):
-        return Path(base)
-    store = Store(config.runs_dir)
-    return Path(store.root) / ".servers" if store.local else Path.home() / ".local/state/winnow/servers"
-
-
-def specs(config: RunConfig, role: str) -> list[tuple[launcher.LaunchSpec, int | None]]:
-    """What to launch for a role, each with its most requests in flight."""
-    out = []
-    servers: list[ServerConfig] = getattr(config.servers, role)
-    for server in servers:
-        if server.launch:
-            out += [(spec, server.max_in_flight) for spec in _specs(config, role, server.launch)]
-    return out
-
-
-def _specs(config: RunConfig, role: str, launch: Launch) -> Iterator[launcher.LaunchSpec]:
-    served = config.judge_model if role == "judge" else config.model
-    model, revision = (launch.model, None) if launch.model else (served.path, served.revision)
-    gpus: list[int | None] = list(launch.gpus) if launch.device == "cuda" else [None]
-    if not gpus:
-        raise InputError(f"servers.{role}: launch.gpus is empty; name at least one GPU")
-    for n, gpu in enumerate(gpus):
-        yield launcher.LaunchSpec(
-            model=model, revision=revision, role=role, gpu=gpu, port=launch.port + n if launch.port else None,
-            dtype=None if launch.dtype == "auto" else launch.dtype,
-            **launch.model_dump(exclude={"model", "gpus", "port", "dtype"}))
 
 
 @contextlib.contextmanager
 def running(ctx: Context, notice: Notice) -> Iterator[Context]:
-    """The run's servers, up and checked, their facts in `run.json`; ours are stopped at the end."""
-    config = ctx.config
-    started: list[launcher.ServerRecord] = []
+    """The run's servers, up and proved, their facts in `run.json`; ours are stopped at the end.
+
+    Raises InputError where one is not what the run asks for, UnreachableError where none answers for a role.
+    """
+    config, started = ctx.config, list[ServerRecord]()
+    seats, changes = seats_of(config, ctx.heuristics), membership.read(ctx.store)  # changes: of an earlier process
     try:
-        places = {role: _addresses(config, role, started, notice) for role in ROLES}
-        places["judge"] = places["judge"] or places["generator"]
-        changes = membership.read(ctx.store)  # of an earlier process of this run
-        places = {role: membership.apply(addresses, changes, role) for role, addresses in places.items()}
-        facts = {role: _facts(addresses) for role, addresses in places.items()}
-        _check(ctx, [f for f in facts["generator"] if isinstance(f, ServerFacts)])
-        update_run(ctx.store, servers={
-            role: [_record(address, f) for address, f in zip(places[role], found, strict=True)]
-            for role, found in facts.items()})
+        others = given([s for s in seats if s.url and s.url not in changes.get(s.role, {}).get("leave", [])])
+        _refuse(config, others)
+        ours = _ours([s for s in seats if s.spec], config, started, notice)
+        _refuse(config, ours)
+        found = {role: _of_role(role, seats, [*others, *ours], changes) for role in ROLES}
+        _check(ctx, [s.facts for s in found["generator"] if isinstance(s.facts, ServerFacts)])
+        update_run(ctx.store, servers=_records(ctx, found), servers_differ=_unlike(found))
         working = reopen(ctx.url)
         yield working
         _record_joined(working)
     finally:
         if started:
             notice(f"stopping {', '.join(record.url for record in started)}")
-            with ThreadPoolExecutor(len(started)) as stopping:  # each takes seconds to end in order
-                list(stopping.map(launcher.stop, started))
+            stop_all(started)
+
+
+def _ours(seats: list[Seat], config: RunConfig, started: list[ServerRecord], notice: Notice) -> list[Served]:
+    on = seated(seats, state_dir(config), started, notice, leashed=True)
+    facts = ask(record.url for record, _ in on.values())
+    return [Served(on[s][0].url, s.limit, on[s][1], facts[on[s][0].url], s, on[s][0]) for s in seats]
+
+
+def _of_role(role: str, seats: list[Seat], served: list[Served], changes: Mapping[str, Any]) -> list[Served]:
+    """A role's servers: its own or, for a judge without any, the generators; with those that joined, without those
+    that left. Raises UnreachableError when none answers."""
+    whose = role if any(s.role == role for s in seats) else "generator"
+    order = {id(seat): n for n, seat in enumerate(seats)}
+    own = sorted((s for s in served if s.seat and s.seat.role == whose), key=lambda s: order[id(s.seat)])
+    known = {s.url: s for s in own}
+    addresses = membership.apply([(s.url, s.limit) for s in own], dict(changes), role)
+    joined = ask(url for url, _ in addresses if url not in known)
+    out = [dataclasses.replace(known[url], limit=limit) if url in known else Served(url, limit, "joined", joined[url])
+           for url, limit in addresses]
+    _require_one(out)
+    return out
+
+
+def _require_one(served: list[Served]) -> None:
+    for s in served:
+        if isinstance(s.facts, RequestFailed):
+            log.warning("%s does not answer: %s", s.url, s.facts)
+    if all(isinstance(s.facts, RequestFailed) for s in served):
+        raise UnreachableError("no server answers:\n" + "\n".join(f"  {s.url}: {s.facts}" for s in served))
+
+
+def require_reachable(config: RunConfig) -> None:
+    """An early look at the servers of a run that is begun, before anything is started.
+
+    Raises UnreachableError if a role has only `url` servers and none of them answers, InputError if one is not what the
+    run asks for.
+    """
+    ctx = Context(config.url)
+    seats, changes = seats_of(config, ctx.heuristics), membership.read(ctx.store)
+    others = given([s for s in seats if s.url and s.url not in changes.get(s.role, {}).get("leave", [])])
+    for role in ROLES:
+        if any(s.role == role for s in seats) and not any(s.role == role and s.spec for s in seats):
+            _of_role(role, seats, others, changes)
+    if not config.allow_mismatch:  # else said once, by the run itself
+        _refuse(config, others)
+
+
+# --- are they what is asked for? ---
+
+def _refuse(config: RunConfig, served: list[Served]) -> None:
+    """Raises InputError, with the differences of all, if one is not what is asked for; a warning with allow_mismatch.
+
+    A server that was just started is held to it as well: SGLang may make something else of a setting, by itself or
+    because of the model. What it was started without, because its SGLang has no such flag, was said then and is
+    recorded, and no error.
+    """
+    wrong = []
+    for s in served:
+        found = s.compared.differences
+        if s.record:
+            found = guard.without_left_out(found, launcher.spec_of(s.record), s.record.command)
+        if s.seat and found:
+            wrong.append(f"{s.seat.key}: {s.url} is not what the run asks for:\n"
+                         f"{guard.text(found, 'expect' if s.how == 'given' else 'launch')}")
+    if not wrong:
+        return
+    if config.allow_mismatch:
+        log.warning("%s\nallowed (allow_mismatch), and recorded in run.json", "\n".join(wrong))
+        return
+    if served[0].how == "given":
+        mend = ("Start it as the run asks for, write under its `expect` what is meant, or use it as it is with "
+                "--allow-mismatch, which run.json then says.")
+    else:
+        mend = ("SGLang made something else of it than it was told. Write under `launch` what it made, leave the "
+                "setting out, or use it as it is with --allow-mismatch, which run.json then says.")
+    raise InputError("\n".join([*wrong, mend]))
+
+
+def _check(ctx: Context, generators: list[ServerFacts]) -> None:
+    """Can these servers do what the heuristics need? Raises InputError before a candidate is asked for."""
+    wrong = [f"servers.generator: {f.url}: {why}" for f in generators if (why := unfit(f, ctx.heuristics))]
+    judge = ctx.config.quality.model if "quality" in ctx.config.labels and not ctx.config.servers.judge else None
+    if judge and not ctx.config.allow_mismatch:
+        wrong += [f"quality.model: the judge's model is {judge.path}, but there is no servers.judge, and the generator "
+                  f"at {f.url}, which judges then, serves {f.model_path}" for f in generators
+                  if not same_model(judge.path, f.model_path, f.url)[0]]
+    if wrong:
+        raise InputError("\n".join(wrong))
+    if ctx.config.generation.generator.sampling_mask:
+        log.warning("%s", recording(generators, ctx.heuristics))
+    for facts in generators:
+        if not facts.honours_seeds:
+            log.warning("%s ignores seeds (no --enable-deterministic-inference): its rows can't be made again, and "
+                        "seed_effective says so", facts.url)
+
+
+def _unlike(found: Mapping[str, list[Served]]) -> dict[str, list[str]]:
+    """By role, in what its servers differ from each other that shapes tokens; one warning each."""
+    out = {}
+    for role, served in found.items():
+        lines = guard.unlike([s.facts for s in served if isinstance(s.facts, ServerFacts)])
+        if lines and lines not in out.values():  # the judges may be the generators
+            log.warning("the %s servers are not alike, and which one answers is chance (each row names its own): %s",
+                        role, " | ".join(lines))
+        if lines:
+            out[role] = lines
+    return out
+
+
+# --- run.json ---
+
+def _records(ctx: Context, found: Mapping[str, list[Served]]) -> dict[str, list[dict[str, Any]]]:
+    out = {role: [_record(s) for s in served] for role, served in found.items()}
+    for role, served in found.items():
+        for s, record in zip(served, out[role], strict=True):
+            _mark_joined(ctx, out, role, s, record)
+    return out
+
+
+def _mark_joined(ctx: Context, recorded: Recorded, role: str, served: Served, record: dict[str, Any]) -> None:
+    """One that joined has no entry of its own: it is held against the others of its role."""
+    if served.seat is None and isinstance(served.facts, ServerFacts):
+        found = departures(ctx.config, ctx.heuristics, recorded, served.facts, role)
+        record["mismatch"] = [d.shown() for d in found]
+
+
+def _record(served: Served) -> dict[str, Any]:
+    """A server as `run.json` has it; without facts while it has not answered."""
+    out: dict[str, Any] = {"url": served.url, "max_in_flight": served.limit, "how": served.how}
+    flags: Iterable[str] = ()
+    if served.seat:
+        asked = served.seat.asked
+        out |= {"entry": served.seat.entry, "asked": asked.shown()}
+        flags = (name.replace("-", "_") for name in asked.flags)
+    if isinstance(facts := served.facts, ServerFacts):
+        compared = served.compared
+        out |= {"mismatch": [d.shown() for d in compared.differences], "notes": compared.notes,
+                "honours_seeds": facts.honours_seeds, "custom_processors": facts.custom_processors,
+                "model_path": facts.model_path, "context": facts.context,
+                "info": {k: facts.info[k] for k in (*guard.RECORDED, *flags) if k in facts.info}}
+    return out
 
 
 def _record_joined(ctx: Context) -> None:
     """Servers that answered for the first time during the run: what they are belongs into `run.json` too."""
     servers = ctx.store.read_json(RUN_JSON)["servers"]
+    seats = [s for s in seats_of(ctx.config, ctx.heuristics) if s.url]
     changed = False
     for role in ROLES:
         known = {s["url"]: s for s in servers[role]}
         for url, limit, facts in ctx.servers_seen(role):
             if "model_path" not in known.get(url, {}):
-                known[url] = _record((url, limit), facts)
+                seat = next((s for s in seats if s.role == (role if ctx.config.servers.judge else "generator")
+                             and s.url == url), None)
+                served = Served(url, limit, "given" if seat else "joined", facts, seat)
+                known[url] = _record(served)
+                _mark_joined(ctx, servers, role, served, known[url])
                 changed = True
         servers[role] = list(known.values())
     if changed:
         update_run(ctx.store, servers=servers)
 
 
-def _addresses(config: RunConfig, role: str, started: list[launcher.ServerRecord], notice: Notice) -> list[Address]:
-    """(url, most in flight) of a role's servers; starts those to launch that don't run yet."""
-    servers: list[ServerConfig] = getattr(config.servers, role)
-    out = [(s.url.rstrip("/"), s.max_in_flight) for s in servers if s.url]
-    folder = state_dir(config)
-    missing = []
-    for spec, limit in specs(config, role):
-        known = launcher.find_reusable(spec, folder, taken=[url for url, _ in out])
-        if known:
-            notice(f"using the {role} server that runs at {known.url}")
-            out.append((known.url, limit))
-        else:
-            missing.append((spec, limit))
-    if missing:
-        out += _start(missing, folder, started, notice)
-    return out
+# --- winnow servers up, down ---
 
+def up(config: RunConfig, heuristics: Iterable[Heuristic], notice: Notice) -> list[ServerRecord]:
+    """Start what the config launches and leave it running.
 
-def _start(missing: list[tuple[launcher.LaunchSpec, int | None]], folder: Path, started: list[launcher.ServerRecord],
-           notice: Notice) -> list[Address]:
-    models = ", ".join(sorted({Path(s.model).name for s, _ in missing}))
-    gpus = ", ".join(f"GPU {s.gpu}" for s, _ in missing if s.gpu is not None)
-    count = "a server" if len(missing) == 1 else f"{len(missing)} servers"
-    notice(f"starting SGLang, {count} for {models} on {gpus or 'the CPU'} (half a minute for a small model; logs in "
-           f"{folder})")
+    A server that runs already stays if it is what is asked for; one that is not is stopped and started anew.
+    """
+    started: list[ServerRecord] = []
+    seats = [s for s in seats_of(config, heuristics) if s.spec]
+    on = seated(seats, state_dir(config), started, notice, leashed=False)
+    facts = ask(record.url for record, _ in on.values())
     try:
-        records = launcher.start_all([s for s, _ in missing], folder, leashed=True)
-    except launcher.LaunchFailed as error:
-        raise UnreachableError(str(error)) from error
-    started += records
-    for record in records:
-        notice(f"{record.role} server ready at {record.url}")
-    return [(r.url, limit) for r, (_, limit) in zip(records, missing, strict=True)]
+        _refuse(config, [Served(r.url, s.limit, how, facts[r.url], s, r) for s, (r, how) in on.items()])
+    except InputError:
+        stop_all(started)
+        raise
+    return [on[seat][0] for seat in seats]
 
 
-def _facts(addresses: list[Address]) -> list[ServerFacts | RequestFailed]:
-    """What each server says of itself, or why it does not. Raises UnreachableError when none does."""
-    found = asyncio.run(_ask([url for url, _ in addresses]))
-    for (url, _), fact in zip(addresses, found, strict=True):
-        if isinstance(fact, RequestFailed):
-            log.warning("%s does not answer: %s", url, fact)
-    if not any(isinstance(f, ServerFacts) for f in found):
-        lines = [f"  {url}: {why}" for (url, _), why in zip(addresses, found, strict=True)]
-        raise UnreachableError("no server answers:\n" + "\n".join(lines))
-    return found
-
-
-def require_reachable(config: RunConfig) -> None:
-    """Raises UnreachableError if a role has only `url` servers and none of them answers."""
-    changes = membership.read(Store(config.url))
-    for role in ROLES:
-        servers: list[ServerConfig] = getattr(config.servers, role)
-        if servers and not any(s.launch for s in servers):
-            _facts(membership.apply([(str(s.url).rstrip("/"), None) for s in servers], changes, role))
-
-
-async def _ask(urls: list[str]) -> list[ServerFacts | RequestFailed]:
-    async def one(url: str) -> ServerFacts | RequestFailed:
-        client = SGLangClient(url)
-        try:
-            return await client.facts()
-        except RequestFailed as error:
-            return error
-        finally:
-            await client.close()
-
-    return await asyncio.gather(*map(one, urls))
-
-
-def ask_one(url: str) -> ServerFacts | RequestFailed:
-    """What a server says of itself, or why it does not."""
-    return asyncio.run(_ask([url]))[0]
-
-
-def _record(address: Address, facts: ServerFacts | RequestFailed) -> dict[str, Any]:
-    """A server as `run.json` has it; without facts while it has not answered."""
-    out: dict[str, Any] = {"url": address[0], "max_in_flight": address[1]}
-    if isinstance(facts, ServerFacts):
-        out |= {"honours_seeds": facts.honours_seeds, "custom_processors": facts.custom_processors,
-                "model_path": facts.model_path, "info": {k: facts.info[k] for k in _RECORDED if k in facts.info}}
-    return out
-
-
-def _check(ctx: Context, generators: list[ServerFacts]) -> None:
-    """Can these servers do what the heuristics need? Raises InputError before a candidate is asked for."""
-    wrong = [f"servers.generator: {f.url}: {why}" for f in generators if (why := unfit(f, ctx.heuristics))]
-    if wrong:
-        raise InputError("\n".join(wrong))
-    if ctx.config.generation.sampling_mask:
-        log.warning("%s", recording(generators, ctx.heuristics))
-    for facts in generators:
-        if not facts.honours_seeds:
-            log.warning("%s ignores seeds (no --enable-deterministic-inference): its rows can't be made again, and "
-                        "seed_effective says so", facts.url)
-        wanted, served = Path(ctx.config.model.path).name, Path(facts.model_path or "").name
-        if facts.model_path and wanted != served:
-            log.warning("%s serves %s, the config's model is %s: make sure that they are the same", facts.url,
-                        facts.model_path, ctx.config.model.path)
-
-
-def up(config: RunConfig, notice: Notice) -> list[launcher.ServerRecord]:
-    """Start what the config launches and leave it running; servers that run already stay."""
-    folder, out = state_dir(config), []
-    for role in ROLES:
-        for spec, _ in specs(config, role):
-            if known := launcher.find_reusable(spec, folder, taken=[r.url for r in out]):
-                notice(f"{role} server runs already at {known.url}")
-                out.append(known)
-                continue
-            notice(f"starting SGLang for {spec.model} (log in {folder})")
-            try:
-                out.append(launcher.start(spec, folder, leashed=False))
-            except launcher.LaunchFailed as error:
-                raise UnreachableError(str(error)) from error
-            notice(f"{role} server ready at {out[-1].url}")
-    return out
-
-
-def down(config: RunConfig) -> list[launcher.ServerRecord]:
+def down(config: RunConfig) -> list[ServerRecord]:
     """Stop every server that Winnow started on this machine and that still runs; those stopped."""
     return [record for record in launcher.running(state_dir(config)) if launcher.stop(record)]
-
-
-def probe(config: RunConfig) -> list[tuple[str, str, ServerFacts | WinnowError]]:
-    """(role, url, facts or why there are none) of every server that should run."""
-    known = launcher.running(state_dir(config))
-    out = []
-    for role in ROLES:
-        urls = [s.url.rstrip("/") for s in getattr(config.servers, role) if s.url]
-        for spec, _ in specs(config, role):
-            running = [r.url for r in known if (r.role, r.spec_digest) == (role, spec.digest) and r.url not in urls]
-            if running:
-                urls.append(running[0])
-            else:
-                out.append((role, "-", UnreachableError("to be launched by the run; not running now")))
-        for url in urls:
-            found = ask_one(url)
-            out.append((role, url, found if isinstance(found, ServerFacts) else UnreachableError(str(found))))
-    return out

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -16,6 +18,7 @@ from rich.table import Table
 
 from flows import words
 from flows.screen import Look, View
+from tasks.core.config_generation import RoleLessKey
 from tasks.core.progress import ServerLoad, StageProgress
 
 console = Console(stderr=True, highlight=False)
@@ -42,6 +45,16 @@ def set_up_logging(debug: bool) -> None:
     handler = RichHandler(console=console, show_path=debug, show_time=debug, markup=False)
     handler.setLevel(logging.DEBUG if debug else logging.WARNING)
     logger.handlers = [handler] if debug else [handler, _Told(logging.INFO)]
+    warnings.simplefilter("always", RoleLessKey)  # Python hides deprecations, and whoever wrote the key is here
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, RoleLessKey):
+            logger.warning("%s", message)
+        else:
+            shown(message, category, *rest, **more)
+
+    warnings.showwarning = show
 
 
 def notice(text: str) -> None:

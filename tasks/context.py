@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from pathlib import Path
 from typing import Any
 
+from tasks.core.chat_template import ChatTemplate
 from tasks.core.config import RunConfig
+from tasks.core.config_generation import ROLES
 from tasks.core.errors import InputError, InterruptedRun
+from tasks.core.generation import RoleGeneration
 from tasks.core.heuristics import Heuristic, parse_processor
 from tasks.core.progress import Progress
 from tasks.core.store import Store
 from tasks.core.tokenizer import load_tokenizer, vocabulary_size
 from tasks.serving import membership
+from tasks.serving.admission import refusal
 from tasks.serving.client import ServerFacts
-from tasks.serving.compile import unfit
 from tasks.serving.fleet import Limits
 from tasks.serving.loop import Loop
 from tasks.serving.pool import ServerPool
 
 RUN_JSON = "run.json"
-ROLES = ("generator", "judge")
 _FOLLOW_EVERY_S = 2.0
 
 
@@ -58,12 +59,25 @@ class Context:
     @property
     def tokenizer(self) -> Any:
         """The generator's tokenizer."""
-        return load_tokenizer(self.config.model)
+        return load_tokenizer(self.config.model, needs_template=False)
 
     @property
     def judge_tokenizer(self) -> Any:
         """The judge's tokenizer."""
-        return load_tokenizer(self.config.judge_model, "quality.model.path")
+        return load_tokenizer(self.config.judge_model, "quality.model.path", needs_template=False)
+
+    def generation(self, role: str) -> RoleGeneration:
+        """What a role's requests ask for, every field."""
+        return RoleGeneration.from_recorded(self.raw["generation"][role])
+
+    def chat_template(self, role: str) -> ChatTemplate:
+        """The chat template that a role's prompts are rendered with."""
+        return ChatTemplate.from_recorded(self.raw["inputs"]["chat_templates"][role]["content"])
+
+    @property
+    def judge_template(self) -> dict[str, Any]:
+        """The judge's template as recorded, under its own system turn."""
+        return self.raw["inputs"]["judge_template"]["content"]
 
     def pool(self, role: str) -> ServerPool:
         """The servers of `generator` or `judge`; one pool where both are the same servers."""
@@ -105,13 +119,7 @@ class Context:
 
     def unfit(self, facts: ServerFacts, roles: list[str]) -> str | None:
         """Why a server that answers can't work for all of the roles, or None."""
-        for role in roles:
-            wanted = self.config.judge_model.path if role == "judge" else self.config.model.path
-            known = {s["model_path"] for s in self.raw["servers"][role] if s.get("model_path")}
-            names = {Path(name).name for name in (wanted, *known)}
-            if facts.model_path and Path(facts.model_path).name not in names:
-                return f"it serves {facts.model_path}, the {role}'s model is {wanted}"
-        return unfit(facts, self.heuristics) if "generator" in roles else None
+        return refusal(self.config, self.heuristics, self.raw["servers"], facts, roles)
 
     def close(self) -> None:
         """Stop the requests and close the connections."""

@@ -26,6 +26,15 @@ REFUSALS: dict[str, Any] = {
     "401": {"error": "Unauthorized"}, "404": {"detail": "Not Found"},
     **{status: {"error": {"message": f"fake {status}"}} for status in ("400", "429", "500", "503")}}
 QUEUE_FULL = {"object": "error", "message": "The request queue is full.", "type": "503", "param": None, "code": 503}
+SERVER_INFO: dict[str, Any] = {
+    "version": "fake", "revision": None, "dtype": "auto", "quantization": None, "context_length": None,
+    "kv_cache_dtype": "auto", "attention_backend": "flashinfer", "json_model_override_args": "{}",
+    "sampling_mask_max_tokens": 4096, "preferred_sampling_params": None, "is_embedding": False,
+    "speculative_algorithm": None, "speculative_draft_model_path": None,
+    "speculative_draft_model_revision": None, "speculative_num_steps": None, "speculative_eagle_topk": None,
+    "speculative_num_draft_tokens": None, "speculative_ngram_min_bfs_breadth": 1,
+    "speculative_ngram_max_bfs_breadth": 10, "tp_size": 1, "dp_size": 1, "random_seed": 42}
+"""Of /server_info, what SGLang says unless it is told otherwise."""
 FOREIGN_BODIES = {"garbage": "<html>not json</html>", "empty_body": "", "null": "null"}
 
 

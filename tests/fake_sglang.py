@@ -19,7 +19,7 @@ from typing import Any
 from aiohttp import web
 
 from tests import fake_answers
-from tests.fake_answers import FOREIGN_BODIES, REFUSALS, WORDS
+from tests.fake_answers import FOREIGN_BODIES, REFUSALS, SERVER_INFO, WORDS
 
 __all__ = ["WORDS", "ControlFault", "FakeSGLang", "Fault"]
 
@@ -45,14 +45,16 @@ class FakeSGLang:
                  custom_processors: bool = True, model_path: str = "tiny", eos: int = 256, port: int = 0,
                  concurrency: int | None = None, queue_limit: int | None = None, retry_after: float | None = None,
                  metrics: bool = False, control_fault: ControlFault | None = None,
-                 crash_down_s: float | None = None) -> None:
+                 crash_down_s: float | None = None, **flags: Any) -> None:
+        """`flags`: what else it is told when it is started, by the names of /server_info: dtype="float16"."""
         self.fault, self.delay_s, self.eos, self.port = fault, delay_s, eos, port
         self.concurrency, self.queue_limit, self.retry_after = concurrency, queue_limit, retry_after
         self.metrics, self.control_fault, self.crash_down_s = metrics, control_fault, crash_down_s
-        self.info = {"enable_deterministic_inference": deterministic, "version": "fake", "model_path": model_path,
-                     "enable_custom_logit_processor": custom_processors, "sampling_backend": "pytorch",
-                     "enable_metrics": metrics, "max_queued_requests": queue_limit, "sampling_mask_max_tokens": 4096,
-                     "api_key": "a secret"}
+        self.told: dict[str, Any] = {
+            "model_path": model_path, "sampling_backend": "pytorch", "enable_deterministic_inference": deterministic,
+            "enable_custom_logit_processor": custom_processors, "enable_metrics": metrics,
+            "max_queued_requests": queue_limit, "api_key": "a secret"} | flags
+        self.info = SERVER_INFO | self.told
         self.requests: list[dict[str, Any]] = []
         self.answered: collections.Counter[str] = collections.Counter()
         self.control: list[str] = []
@@ -86,6 +88,12 @@ class FakeSGLang:
         """The whole answer to a request for a verdict."""
         return fake_answers.judge(payload)
 
+    @property
+    def launch_command(self) -> str:
+        """The flags that it was told, as SGLang joins them."""
+        given = {f"--{name.replace('_', '-')}": value for name, value in self.told.items() if value not in (None, False)}
+        return " ".join(flag if value is True else f"{flag}={value}" for flag, value in given.items())
+
     # --- its life ---
 
     def __enter__(self) -> FakeSGLang:
@@ -111,9 +119,11 @@ class FakeSGLang:
         """
         self._do(self._crash(down_s))
 
-    def restart(self, model_path: str | None = None, **info: Any) -> None:
-        """A new process on the same port, perhaps with another model or other entries of /server_info."""
-        self.info |= info | ({"model_path": model_path} if model_path is not None else {})
+    def restart(self, model_path: str | None = None, **flags: Any) -> None:
+        """A new process on the same port, perhaps with another model or told otherwise."""
+        flags |= {"model_path": model_path} if model_path is not None else {}
+        self.told |= flags
+        self.info |= flags
         self._do(self._crash(0) if self._runner else self._listen())
 
     def _do(self, work: Coroutine[Any, Any, None]) -> None:
@@ -131,7 +141,7 @@ class FakeSGLang:
         if self._runner:
             return
         app = web.Application(client_max_size=64 << 20, middlewares=[self._only_alive(self._life)])
-        for path in ("/model_info", "/server_info", "/health", "/ready", "/metrics", "/v1/loads"):
+        for path in ("/model_info", "/server_info", "/v1/models", "/health", "/ready", "/metrics", "/v1/loads"):
             app.router.add_get(path, self._control)
         app.router.add_post("/generate", self._generate)
         app.router.add_get("/generate", self._redirect)  # where a followed redirect ends up
@@ -192,8 +202,15 @@ class FakeSGLang:
             return web.json_response({"loads": [{"dp_rank": 0, "num_running_reqs": self.running,
                                                  "num_waiting_reqs": self.waiting}]})
         if request.path == "/model_info":
-            return web.json_response({"model_path": self.info["model_path"], "is_generation": True})
-        return web.json_response(self.info if request.path == "/server_info" else {})
+            return web.json_response({"model_path": self.info["model_path"],
+                                      "is_generation": not self.info["is_embedding"],
+                                      "preferred_sampling_params": self.info["preferred_sampling_params"]})
+        if request.path == "/v1/models":
+            return web.json_response({"object": "list", "data": [{
+                "id": self.info["model_path"], "max_model_len": self.info["context_length"] or 8192}]})
+        if request.path == "/server_info":
+            return web.json_response({"launch_command": self.launch_command} | self.info)
+        return web.json_response({})
 
     def _metrics(self) -> str:
         labels = (f'{{engine_type="unified",model_name="{self.info["model_path"]}",moe_ep_rank="0",pp_rank="0",'

@@ -42,10 +42,19 @@ def make_config(folder: Path, model: Path, urls: list[str], **changes: Any) -> d
              "verifier": "gsm8k", "diversity": True},
             {"name": "stories", "path": str(folder / "stories.jsonl"), "diversity": True}],
         "heuristics": {"files": [str(folder / "heuristics.yaml")]}, "seeds": [0, 1],
-        "generation": {"max_new_tokens": 48}, "engine": {"shard_prompts": 2},
+        "generation": {"generator": {"max_new_tokens": 48}}, "engine": {"shard_prompts": 2},
         "labels": ["quality", "verifiers"], "quality": {"max_prompt_tokens": 1600},
         "limits": {"wait_for_servers_s": 2, "request_timeout_s": 5},
     } | changes
+
+
+def expecting(raw: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """The config, its generators (all, or those of `only`) expected to be so."""
+    only = settings.pop("only", None)
+    for server in raw["servers"]["generator"]:
+        if only is None or server["url"] in only:
+            server["expect"] = settings
+    return raw
 
 
 def build(raw: dict[str, Any], only: list[str] | None = None) -> Context:

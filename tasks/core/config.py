@@ -5,17 +5,17 @@ The text under each field is its help: in error messages, and in the form that a
 
 from __future__ import annotations
 
-import ipaddress
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from tasks.core.config_generation import Generation, GenerationConfig
+from tasks.core.config_servers import Launch, ServerConfig, Servers, Settings, Speculation
+from tasks.core.section import Section
 
-class Section(BaseModel):
-    """A part of the config: frozen, unknown keys refused, docstrings are the fields' help."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+__all__ = ["Diversity", "Generation", "GenerationConfig", "HeuristicsConfig", "Launch", "Limits", "ModelRef", "Quality",
+           "RunConfig", "Scoring", "Section", "ServerConfig", "Servers", "Settings", "Source", "Speculation"]
 
 
 class ModelRef(Section):
@@ -26,92 +26,10 @@ class ModelRef(Section):
     revision: str | None = None
     """Commit of a hub model; pin it, or the dataset can't be made again."""
 
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-class Launch(Section):
-    """An SGLang server that the run starts and stops."""
-
-    model: str | None = None
-    """Folder or hub id to serve; the run's model where not given."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """`cuda`: one server per GPU listed; `cpu`: one server on the CPU."""
-    gpus: list[int] = [0]
-    """GPUs to use, one server each (device: cuda)."""
-    host: str = "127.0.0.1"
-    """Address to listen on."""
-    port: int | None = Field(default=None, ge=1, le=65535)
-    """First port; a free one where not given."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of weights and activations."""
-    deterministic: bool = True
-    """Honour a seed per request (--enable-deterministic-inference)."""
-    custom_processors: bool = True
-    """Allow custom logit processors, which most heuristics need. They let a client run code on the
-    server, so a public address needs allow_public as well."""
-    allow_public: bool = False
-    """Yes, listen on a public address although custom processors are on."""
-    context_length: int | None = Field(default=None, ge=16)
-    """Longest sequence in tokens; the model's own where not given."""
-    mem_fraction: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the device's memory for weights and cache (--mem-fraction-static)."""
-    max_total_tokens: int | None = Field(default=None, ge=256)
-    """Tokens in the cache; as much as fits where not given."""
-    sampling_backend: Literal["pytorch", "flashinfer"] = "pytorch"
-    """Which kernels sample; `pytorch` honours seeds and has one top_k/top_p dialect."""
-    threads: int = Field(default=1, ge=1)
-    """OpenMP threads (device: cpu); on a machine with other work, one is faster than two."""
-    python: str | None = None
-    """Interpreter of the environment that has SGLang; looked up where not given."""
-    flags: dict[str, str | int | float | bool] = {}
-    """More SGLang flags, by their long names without dashes in front: {tp-size: 2}."""
-    ready_timeout_s: float = Field(default=600, gt=0)
-    """Seconds until a server must answer."""
-
-    @model_validator(mode="after")
-    def _private(self) -> Launch:
-        if self.custom_processors and not self.allow_public and not _is_loopback(self.host):
-            raise ValueError(f"host {self.host} is not loopback, and custom logit processors let every client run "
-                             "code on the server; say allow_public: true if that is meant, or use 127.0.0.1")
-        return self
-
-
-class ServerConfig(Section):
-    """One server: someone runs it (`url`) or we do (`launch`)."""
-
-    url: str | None = Field(default=None, pattern=r"^https?://[^\s/@]+(/.*)?$")
-    """Address of a running SGLang server, such as http://10.0.0.1:30000."""
-    launch: Launch | None = None
-    """Start one (or one per GPU) with these settings, stop it at the end."""
-    max_in_flight: int | None = Field(default=None, ge=1, le=4096)
-    """Most requests in flight at this server; found out while running where not given."""
-
-    @model_validator(mode="after")
-    def _one_way(self) -> ServerConfig:
-        if (self.url is None) == (self.launch is None):
-            raise ValueError("give either url (a server that runs) or launch (one to start), not both or none")
-        return self
-
-
-class Servers(Section):
-    """Who generates and who judges; a plain list is the generators."""
-
-    generator: list[ServerConfig] = Field(
-        default_factory=lambda: [ServerConfig(launch=Launch(device="cpu"))], min_length=1
-    )
-    """Servers that write the candidates; a real SGLang on the CPU where not given."""
-    judge: list[ServerConfig] = []
-    """Servers that compare candidates; the generators where not given."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _plain_list(cls, value: Any) -> Any:
-        return {"generator": value} if isinstance(value, list) else value
+    @property
+    def is_local(self) -> bool:
+        """Whether `path` means a folder here (also one that is missing), not OWNER/NAME on the hub."""
+        return Path(self.path).exists() or self.path.startswith(("/", ".", "~")) or self.path.count("/") != 1
 
 
 class Source(Section):
@@ -171,36 +89,9 @@ class HeuristicsConfig(Section):
     """The full grid of a model family (`winnow heuristics FAMILY` lists it)."""
     files: list[str] = []
     """YAML files with `sampling_pipelines`."""
-
-
-class Generation(Section):
-    """How candidates are written, whatever the heuristic."""
-
-    max_new_tokens: int = Field(default=250, ge=1)
-    """Longest answer in tokens."""
-    min_new_tokens: int = Field(default=0, ge=0)
-    """Shortest answer in tokens."""
-    system_prompt: str | None = None
-    """System message in front of every prompt that brings none."""
-    stop: list[str] = []
-    """Texts that end an answer."""
-    sampling_mask: bool = False
-    """Record the token ids that the engine kept at each step, and the exact log-probability of the sampled one, where
-    it can: native top_k."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Generation:
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens ({self.min_new_tokens}) is above max_new_tokens "
-                             f"({self.max_new_tokens})")
-        return self
-
-    def identity(self) -> dict[str, Any]:
-        """The part that decides which tokens are asked for, and so the candidates' ids.
-
-        Not `sampling_mask`: a candidate is the same whether or not what the engine kept is recorded beside it.
-        """
-        return self.model_dump(mode="json", exclude={"sampling_mask"})
+    fill_from_model: bool = False
+    """Let generation_config.json fill in the temperature and cuts that a heuristic does not name. Without it, a
+    heuristic that names processors has no others, and only one that names none takes the model's."""
 
 
 class Quality(Section):
@@ -321,6 +212,8 @@ class RunConfig(Section):
     """The model that candidates come from."""
     servers: Servers = Servers()
     """Who generates and who judges."""
+    allow_mismatch: bool = False
+    """Use a `url` server although it is not what is expected; what differs is recorded in run.json."""
     sources: list[Source] = Field(min_length=1)
     """Where prompts come from."""
     heuristics: HeuristicsConfig
@@ -328,7 +221,7 @@ class RunConfig(Section):
     seeds: list[int] = Field(default=[0], min_length=1)
     """Each (prompt, heuristic) is sampled once per seed."""
     generation: Generation = Generation()
-    """How candidates are written."""
+    """How each role's servers are asked to generate."""
     labels: list[Literal["quality", "diversity", "verifiers"]] = ["quality", "diversity", "verifiers"]
     """Labellers to run; [] ends with the verified candidates."""
     quality: Quality = Quality()
@@ -378,18 +271,15 @@ class RunConfig(Section):
         return ModelRef(path=launched[0]) if launched else self.model
 
     def identity(self) -> dict[str, Any]:
-        """The part of the config that decides the dataset's rows.
+        """The part of the config that decides the dataset's rows, but for heuristics and generation.
 
-        Servers, limits, worker counts and folders may change between two runs under one name. Recording the sampling
-        mask changes no token, but a run whose rows have it in part is no use: where on, it is part of this, and not of
-        the candidates' ids.
+        Those two stand for more than the config says; `flows.prepare.Plan.identity` adds what they come to. Servers,
+        limits, worker counts and folders may change between two runs under one name.
         """
         out = self.model_dump(mode="json", exclude={
-            "run", "runs_dir", "servers", "limits", "dataset", "diversity", "verifiers", "engine",
+            "run", "runs_dir", "servers", "allow_mismatch", "limits", "dataset", "diversity", "verifiers", "engine",
+            "heuristics", "generation",
         })
-        out["generation"] = self.generation.identity()
-        if self.generation.sampling_mask:
-            out["generation"]["sampling_mask"] = True
         out["diversity"] = {"embedding_model": self.diversity.embedding_model}
         out["dataset"] = {"validation": self.dataset.validation, "license": self.dataset.license}
         out["engine"] = {"shard_prompts": self.engine.shard_prompts}

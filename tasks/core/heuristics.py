@@ -7,7 +7,7 @@ processors and their parameters, never its name, so that two names for one thing
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from tasks.core.identity import digest
 
 # processor -> (its parameter's name, test, the range in words)
 _PARAMETERS: dict[str, tuple[str, Any, str]] = {
-    "temperature": ("temperature", lambda v: 0 < v <= 100, "above 0 (for greedy decoding use top_k: 1)"),
-    "top_k": ("top_k", lambda v: v >= 1 and v == int(v), "a whole number of 1 or more"),
+    "temperature": ("temperature", lambda v: 0 <= v <= 100, "between 0 (the likeliest token) and 100"),
+    "top_k": ("top_k", lambda v: 1 <= v < 2**31 and v == int(v), "a whole number of 1 or more (and below 2**31)"),
     "top_p": ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "min_p": ("min_p", lambda v: 0 <= v <= 1, "between 0 and 1"),
     "typical": ("mass", lambda v: 0 < v < 1, "between 0 and 1, both excluded"),
@@ -40,7 +40,7 @@ _GRID: dict[str, tuple[float, ...]] = {
     "typical": (0.2, 0.5, 0.8, 0.9, 0.92, 0.95),
 }
 # What each family's makers recommend beside the temperature, in the order Hugging Face applies it
-# (temperature, top_k, top_p).
+# (temperature, top_k, top_p); the numbers of the model's own generation_config.json come first.
 _OFFICIAL: dict[str, tuple[tuple[str, float], ...]] = {
     "llama": (("top_p", 0.9),),
     "qwen": (("top_k", 20), ("top_p", 0.8)),
@@ -79,13 +79,20 @@ class Heuristic:
         return digest("heuristic", [[p.name, p.params] for p in self.processors])
 
     @property
+    def greedy(self) -> bool:
+        """Whether it takes the likeliest token, so that nothing is drawn."""
+        return any(p.name == "temperature" and p.value == 0 for p in self.processors)
+
+    @property
     def steps(self) -> list[tuple[str, float, int]]:
         """The processors as `tasks.core.warpers` takes them."""
         return [(p.name, p.value, p.min_tokens_to_keep) for p in self.processors]
 
     def describe(self) -> str:
         """`temperature 0.7 > top_p 0.9`, for people."""
-        return " > ".join(f"{p.name} {p.value:g}" for p in self.processors) or "model's own distribution"
+        if self.greedy:
+            return "greedy"
+        return " > ".join(f"{p.name} {p.value:g}" for p in self.processors) or "the model's own distribution"
 
 
 def parse_processor(raw: Any, where: str) -> Processor:
@@ -111,8 +118,8 @@ def parse_processor(raw: Any, where: str) -> Processor:
     if key not in params:
         raise InputError(f"{where}.params: {name} needs '{key}'")
     value, keep = params[key], params.get("min_tokens_to_keep", 1)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) \
-            or not in_range(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) == math.inf \
+            or value != value or not in_range(value):
         raise InputError(f"{where}.params.{key}: {value!r} is out of range, must be {words}")
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise InputError(f"{where}.params.min_tokens_to_keep: {keep!r}, must be a whole number of 1 or more")
@@ -121,8 +128,11 @@ def parse_processor(raw: Any, where: str) -> Processor:
     return Processor(name, int(value) if name == "top_k" else float(value), keep)
 
 
-def family_grid(family: str) -> list[Heuristic]:
-    """The grid of a model family, unfolded: 396 heuristics (384 names where none is official)."""
+def family_grid(family: str, recommended: Sequence[tuple[str, float]] = ()) -> list[Heuristic]:
+    """The grid of a model family, unfolded: 396 heuristics (384 where none is official).
+
+    `recommended`: the cuts of the model's generation_config.json, (name, value) in order; the family's where empty.
+    """
     if family not in _OFFICIAL:
         raise InputError(f"heuristics.family: unknown family '{family}'{did_you_mean(family, list(FAMILIES))} "
                          f"Known: {', '.join(FAMILIES)}.")
@@ -130,7 +140,7 @@ def family_grid(family: str) -> list[Heuristic]:
     for t in TEMPERATURES:
         heat = Processor("temperature", t)
         out.append(Heuristic(f"temperature {t:g}", (heat,)))
-        if official := _OFFICIAL[family]:
+        if official := recommended or _OFFICIAL[family]:
             cuts = tuple(Processor(n, v) for n, v in official)
             out.append(Heuristic(f"official, temperature {t:g}", (heat, *cuts)))
         for name, values in _GRID.items():
@@ -140,19 +150,27 @@ def family_grid(family: str) -> list[Heuristic]:
     return out
 
 
+def load_file(path: str | Path) -> Any:
+    """What a YAML file of heuristics holds, unchecked."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"heuristics.files: cannot read {path}: {getattr(error, 'strerror', error)}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from error
+
+
 def read_file(path: str | Path) -> list[Heuristic]:
-    """Heuristics of a YAML file `sampling_pipelines: [{name, weight, processors: [...]}]`.
+    """Heuristics of a YAML file `sampling_pipelines: [{name, weight, processors: [...]}]`."""
+    return read_pipelines(load_file(path), path)
+
+
+def read_pipelines(raw: Any, path: str | Path) -> list[Heuristic]:
+    """The heuristics that `load_file` found at `path`.
 
     `weight` is read and checked for the sake of files written for random choice; here every
     heuristic of the file runs for every prompt, and a weight of 0 leaves one out.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"heuristics.files: cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("sampling_pipelines"), list):
         raise InputError(f"{path}: needs a list under the key 'sampling_pipelines'")
     for key in raw:
@@ -179,7 +197,8 @@ def _read_pipeline(entry: Any, where: str) -> Heuristic | None:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
         raise InputError(f"{where}.weight: {weight!r}, must be a number of 0 or more")
     if not isinstance(processors, list):
-        raise InputError(f"{where}.processors: must be a list (an empty one samples the model as it is)")
+        raise InputError(f"{where}.processors: must be a list (an empty one samples as the generator's config and the "
+                         "model's generation_config.json say)")
     parsed = tuple(parse_processor(p, f"{where}.processors.{i}") for i, p in enumerate(processors))
     return Heuristic(name.strip(), parsed) if weight > 0 else None
 
@@ -201,11 +220,18 @@ def fold(heuristics: Iterable[Heuristic]) -> list[Heuristic]:
     return list(by_id.values())
 
 
-def expand(family: str | None, files: Iterable[str | Path]) -> list[Heuristic]:
-    """The run's heuristics: a family's grid, files, or both; folded and never empty."""
-    found = family_grid(family) if family else []
-    for path in files:
-        found += read_file(path)
+def expand(family: str | None, files: Iterable[str | Path], recommended: Sequence[tuple[str, float]] = ()
+           ) -> list[Heuristic]:
+    """A family's grid, files, or both; folded and never empty."""
+    return fold(unfolded(family, [(path, load_file(path)) for path in files], recommended))
+
+
+def unfolded(family: str | None, files: Iterable[tuple[str | Path, Any]], recommended: Sequence[tuple[str, float]] = ()
+             ) -> list[Heuristic]:
+    """A family's grid and the contents of files (path, what `load_file` found), as they were written."""
+    found = family_grid(family, recommended) if family else []
+    for path, raw in files:
+        found += read_pipelines(raw, path)
     if not found:
         raise InputError("heuristics: none; give heuristics.family, heuristics.files or both")
-    return fold(found)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tasks.core.config import RunConfig
+from tasks.core.config_generation import ALIASES, fan_out, warn_role_less
 from tasks.core.errors import InputError, did_you_mean
 
 Origins = dict[str, str]
@@ -20,18 +22,17 @@ def load_config(path: str | Path, sets: list[str] | None = None, run: str | None
                 ) -> tuple[RunConfig, Origins]:
     """The validated config of `path` with the `key.path=value` overrides applied.
 
+    `path` may be the `run.json` of a run as well: its config then, with the origins that it had.
     Raises InputError that names file, line, key and mend, one line per mistake.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such config file (looked in {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    data, lines = _parse(text, path)
-    origins = {key: f"{path}:{line}" for key, line in lines.items()}
-    overrides = [*(sets or []), *([f"run={run}"] if run else [])]
+    if recorded := recorded_run(path):
+        data, origins = recorded["config"], {k: o for k, o in recorded["origins"].items() if o != "default"}
+    else:
+        data, lines = _parse(_text(path), path)
+        origins = {key: f"{path}:{line}" for key, line in lines.items()}
+        _fan_out(data, origins)
+    overrides = [*_by_role(sets or []), *([f"run={run}"] if run else [])]
     for override in overrides:
         key = _apply(data, override)
         stale = [k for k in origins if k == key or k.startswith(key + ".")]
@@ -43,6 +44,59 @@ def load_config(path: str | Path, sets: list[str] | None = None, run: str | None
     except ValidationError as error:
         raise InputError("\n".join(_explain(e, path, origins) for e in error.errors())) from None
     return config, _all_origins(config, origins)
+
+
+def recorded_run(path: str | Path) -> dict[str, Any] | None:
+    """The `run.json` at `path`, or None where it is a config."""
+    path = Path(path)
+    if path.suffix != ".json":
+        return None
+    try:
+        raw = json.loads(_text(path))
+    except ValueError:
+        return None  # whatever it is: YAML has the better messages
+    return raw if isinstance(raw, dict) and {"winnow", "config", "origins", "inputs"} <= raw.keys() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file (looked in {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def _fan_out(data: dict[str, Any], origins: Origins) -> None:
+    """Role-less keys of `generation` become those of the roles that lack them, and bring their origins along."""
+    given = data.get("generation")
+    if not isinstance(given, dict):
+        return
+    known = set(origins)
+    for key in fan_out(given):
+        where = origins.get(f"generation.{key}", "config")
+        warn_role_less(key, where)
+        for role in ALIASES[key]:
+            if f"generation.{role}.{key}" in known:
+                continue
+            for o in [o for o in known if o == f"generation.{key}" or o.startswith(f"generation.{key}.")]:
+                origins[f"generation.{role}.{o.removeprefix('generation.')}"] = f"{origins[o]} (generation.{key})"
+        for o in [o for o in known if o == f"generation.{key}" or o.startswith(f"generation.{key}.")]:
+            del origins[o]
+
+
+def _by_role(sets: list[str]) -> list[str]:
+    """The overrides, role-less ones by role and first: a role's own key wins over one that stands for several."""
+    shared, own = [], []
+    for override in sets:
+        key, equals, value = override.partition("=")
+        parts = key.strip().split(".")
+        if len(parts) > 1 and parts[0] == "generation" and parts[1] in ALIASES:
+            warn_role_less(parts[1], "--set")
+            shared += [f"generation.{role}.{'.'.join(parts[1:])}{equals}{value}" for role in ALIASES[parts[1]]]
+        else:
+            own.append(override)
+    return [*shared, *own]
 
 
 class _Loader(yaml.SafeLoader):

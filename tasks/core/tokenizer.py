@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template, loaded once and checked."""
+"""A model's tokenizer, loaded once and checked, and what it makes of chats and of ids."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tasks.core.chat_template import Chat, ChatTemplate, apply
 from tasks.core.config import ModelRef
 from tasks.core.errors import InputError
 from tasks.core.identity import digest
@@ -14,19 +15,22 @@ from tasks.core.identity import digest
 _loading = threading.Lock()
 
 
-def load_tokenizer(model: ModelRef, key: str = "model.path") -> Any:
-    """The tokenizer of `model`, with a chat template; loaded once a process.
+def load_tokenizer(model: ModelRef, key: str = "model.path", needs_template: bool = True) -> Any:
+    """The tokenizer of `model`, with a chat template unless the config gives one; loaded once a process.
 
-    Raises InputError, naming the config `key`, when there is no such model, tokenizer or template.
+    Raises InputError, naming the config `key`, when there is no such model, tokenizer or (if needed) template.
     """
     with _loading:  # shards ask for it at once
-        return _load(model.path, model.revision, key)
+        tokenizer = _load(model.path, model.revision, key)
+    if needs_template and not tokenizer.chat_template:
+        raise InputError(f"{key}: the tokenizer of {model.path} has no chat template; put a chat_template.jinja "
+                         "beside it, or give one in the role's chat_template")
+    return tokenizer
 
 
 @lru_cache(maxsize=4)
 def _load(name: str, revision: str | None, key: str) -> Any:
-    path = Path(name)
-    looks_local = path.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1
+    path, looks_local = Path(name), ModelRef(path=name).is_local
     if looks_local and not path.is_dir():
         raise InputError(f"{key}: no model folder at {path} (looked in {Path.cwd()}); for the demo's model run "
                          "`make demo-model`, for a hub model write OWNER/NAME")
@@ -36,24 +40,22 @@ def _load(name: str, revision: str | None, key: str) -> Any:
     from transformers import AutoTokenizer  # slow to import: only once the cheap checks have passed
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        return AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:  # hub, network and format errors of many libraries
         raise InputError(f"{key}: cannot load the tokenizer of {name}"
                          f"{f' at {revision}' if revision else ''}: {_first_line(error)}") from error
-    if not tokenizer.chat_template:
-        raise InputError(f"{key}: the tokenizer of {name} has no chat template; put a chat_template.jinja "
-                         "beside it")
-    return tokenizer
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def render(tokenizer: Any, chats: list[list[dict[str, str]]]) -> list[list[int]]:
-    """Token ids of each chat, ready for the answer: the template applied once, no second BOS."""
-    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+def render(tokenizer: Any, chats: list[Chat], template: ChatTemplate | None = None) -> list[list[int]]:
+    """Token ids of each chat, ready for the answer: the template applied once, no second BOS.
+
+    Without `template` it is the tokenizer's own, told the default date. Raises InputError for a chat that it refuses.
+    """
+    return tokenizer(apply(tokenizer, chats, template), add_special_tokens=False)["input_ids"] if chats else []
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:
@@ -62,7 +64,7 @@ def decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Digest of vocabulary and chat template, for provenance and resume."""
+    """Digest of the tokenizer's vocabulary and own chat template, for provenance and resume."""
     backend = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else sorted(
         tokenizer.get_vocab().items())
     return digest("tokenizer", backend, tokenizer.chat_template)

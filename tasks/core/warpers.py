@@ -32,11 +32,16 @@ def temperature(logits: Tensor, values: Tensor, keep: int) -> Tensor:
 
 
 def _tiny_temperature(logits: Tensor, values: Tensor, keep: int) -> Tensor:
-    """`temperature`, shifting those rows to a maximum of 0 whose maximum the division would drive to ±inf."""
-    values = values.clamp(min=_FP32_TINY)
+    """`temperature`, shifting those rows to a maximum of 0 whose maximum the division would drive to ±inf.
+
+    A temperature of 0 (here: -1) keeps the likeliest token alone, the first of several: greedy decoding.
+    """
+    likeliest = torch.arange(logits.shape[-1], device=logits.device) == logits.argmax(dim=-1, keepdim=True)
+    greedy = logits.masked_fill(~likeliest, -math.inf)
+    zero, values = values < 0, values.clamp(min=_FP32_TINY)
     top = logits.amax(dim=-1, keepdim=True)
     shift = torch.where(torch.isfinite(top) & torch.isinf(top / values), top, torch.zeros_like(top))
-    return (logits - shift) / values
+    return torch.where(zero, greedy, (logits - shift) / values)
 
 
 def top_k(logits: Tensor, values: Tensor, largest: int) -> Tensor:
@@ -129,7 +134,7 @@ PROCESSORS: tuple[str, ...] = tuple(_PROCESSORS)
 """The names a step may carry."""
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda v: 0 < v <= _FP32_MAX, "a finite number above 0"),
+    "temperature": (lambda v: 0 <= v <= _FP32_MAX, "a finite number of 0 or more"),
     "top_k": (lambda v: v >= 1 and v == math.floor(v), "a whole number of at least 1"),
     "top_p": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "min_p": (lambda v: 0 <= v <= 1, "in [0, 1]"),
@@ -225,6 +230,8 @@ def _parameter(step: Step, vocab: int) -> float:
     if name == "top_k":
         k = max(value, keep)
         return float(k) if k < vocab else math.inf
+    if name == "temperature" and value == 0:
+        return -1.0  # greedy; the tiniest temperatures round to 0 and are not
     return 1 - value if name == "top_p" else value
 
 

@@ -35,8 +35,9 @@ class Requester:
         """`stage`: whose progress it is; `attempts_before`: by cell, when cells are asked again."""
         self.ctx, self.grid, self.answers, self.stage = ctx, grid, answers, stage
         self._before = attempts_before or {}
+        self._generation = ctx.generation("generator")
         self._templates: dict[tuple[str, bool, int], Template] = {}
-        self._wants_masks = ctx.config.generation.sampling_mask
+        self._wants_masks = ctx.config.generation.generator.sampling_mask
         self._prompt: tuple[Any, str] = (None, "")
 
     def ask(self, numbers: Iterable[int], count: int) -> None:
@@ -64,7 +65,7 @@ class Requester:
         known = self._templates.get(kind)
         if known is None:
             compiled = compile_heuristic(cell.heuristic, facts.honours_seeds)
-            known = Template(compiled, self.ctx.config.generation, compiled.masked(largest))
+            known = Template(compiled, self._generation, compiled.masked(largest))
             self._templates[kind] = known
         return known
 
@@ -119,9 +120,10 @@ class Candidates:
         """The shard's prompts as sent, and all that shapes an answer."""
         prompts = read_shard(ctx.store, shard)
         config = ctx.config
-        return digest("candidates", 3, prompts.column("prompt_id").to_pylist(),
+        return digest("candidates", 4, prompts.column("prompt_id").to_pylist(),
                       prompts.column("prompt_ids").to_pylist(), [h.id for h in ctx.heuristics], config.run_seed,
-                      config.model.model_dump(), config.generation.model_dump(mode="json"))
+                      config.model.model_dump(), ctx.raw["candidate_identity"],
+                      config.generation.generator.sampling_mask)
 
     def size(self, ctx: Context, shard: int) -> int:
         """Requests."""

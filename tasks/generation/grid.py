@@ -51,10 +51,11 @@ class Grid:
             ["prompt_id", "source", "prompt_ids"]).to_pylist()
         self.heuristics = [(h, h.id) for h in ctx.heuristics]
         self.seeds = config.seeds
-        self.max_new_tokens = config.generation.max_new_tokens
+        generation = ctx.generation("generator")
+        self.max_new_tokens = generation["max_new_tokens"]
         self.model = config.model.path
-        self._ids = CellIds(config.run_seed, config.model.path, config.model.revision,
-                            config.generation.identity())
+        self._ids = CellIds(generation["seed"], config.model.path, config.model.revision,
+                            ctx.raw["candidate_identity"])
         self._per_prompt = len(self.heuristics) * len(self.seeds)
         self.block_prompts = max(1, BLOCK_ROWS // self._per_prompt)
 

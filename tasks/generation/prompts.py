@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from tasks.core import schema
+from tasks.core.chat_template import ChatTemplate
 from tasks.core.config import RunConfig, Source
 from tasks.core.errors import InputError, StorageError
 from tasks.core.identity import digest
@@ -58,6 +59,7 @@ class PromptSet:
 
     def __init__(self) -> None:
         self.sources: dict[str, SourceCount] = {}
+        self.with_system = 0
         self._count = 0
         self._hash = hashlib.blake2b(digest_size=16)
         self._database = _nameless_database()
@@ -77,6 +79,7 @@ class PromptSet:
             return False
         self._hash.update(key + body + b"\n")
         self._count += 1
+        self.with_system += any(m["role"] == "system" for m in prompt.messages)
         return True
 
     def __len__(self) -> int:
@@ -127,7 +130,7 @@ def read_prompts(config: RunConfig) -> PromptSet:
             prompts = on_error.enter_context(PromptSet())
             for source in config.sources:
                 count = prompts.sources[source.name] = SourceCount()
-                _read_source(source, config.generation.system_prompt, prompts, count)
+                _read_source(source, config.generation.generator.system_prompt, prompts, count)
                 _judge_source(source, count)
         except sqlite3.Error as error:
             raise StorageError(f"the prompts cannot be laid aside in {tempfile.gettempdir()}: {error}; make room, "
@@ -173,14 +176,17 @@ def shard_count(prompts: int, shard_prompts: int) -> int:
     return -(-prompts // shard_prompts)
 
 
-def write_prompts(store: Store, config: RunConfig, prompts: PromptSet, tokenizer: Any) -> int:
+def write_prompts(store: Store, config: RunConfig, prompts: PromptSet, tokenizer: Any,
+                  template: ChatTemplate | None = None) -> int:
     """Render and write `prompts.parquet`, a row group a shard; returns the number of shards.
+
+    `template`: in place of the tokenizer's own. The manifest's facts have the longest prompt's tokens.
 
     A file that stands for the same prompts and tokenizer is left as it is. The caller has compared the
     config with the run's, so a file that stands for other prompts means that a source changed.
     """
     size = config.engine.shard_prompts
-    key = digest("prompts", 2, prompts.digest, fingerprint(tokenizer), size)
+    key = digest("prompts", 3, prompts.digest, fingerprint(tokenizer), template.digest if template else None, size)
     shards = shard_count(len(prompts), size)
     state = store.state(PATH, key)
     if state == "done":
@@ -192,19 +198,27 @@ def write_prompts(store: Store, config: RunConfig, prompts: PromptSet, tokenizer
                          "(a file in sources was edited?); put them back, or choose another name with --run")
     facts = {name: {"rows": c.rows, "prompts": c.prompts, "copies": c.copies, "malformed": c.malformed_count,
                     "examples": c.malformed} for name, c in prompts.sources.items()}
-    rows = _rows(prompts, tokenizer)
+    longest = 0
+
+    def measured() -> Iterator[dict[str, Any]]:
+        nonlocal longest
+        for row in _rows(prompts, tokenizer, template):
+            longest = max(longest, len(row["prompt_ids"]))
+            yield row
+
+    rows = measured()
     tables = (schema.table(itertools.islice(rows, size), schema.PROMPTS) for _ in range(shards))
     together = -(-shards // _ROW_GROUPS)
     groups = (pa.concat_tables(itertools.islice(tables, together)) for _ in range(0, shards, together))
     store.write_batches(PATH, groups, schema.PROMPTS, key, shards=shards, shard_prompts=size,
-                        shards_per_row_group=together, sources=facts)
+                        shards_per_row_group=together, sources=facts, longest=lambda: longest)
     return shards
 
 
-def _rows(prompts: Iterable[Prompt], tokenizer: Any) -> Iterator[dict[str, Any]]:
+def _rows(prompts: Iterable[Prompt], tokenizer: Any, template: ChatTemplate | None) -> Iterator[dict[str, Any]]:
     rest = iter(prompts)
     while some := list(itertools.islice(rest, _RENDERED_AT_ONCE)):
-        for p, ids in zip(some, render(tokenizer, [p.messages for p in some]), strict=True):
+        for p, ids in zip(some, render(tokenizer, [p.messages for p in some], template), strict=True):
             yield {
                 "prompt_id": p.prompt_id, "source": p.source, "messages": p.messages,
                 "prompt": next((m["content"] for m in reversed(p.messages) if m["role"] == "user"), None),

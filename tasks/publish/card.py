@@ -11,6 +11,7 @@ import yaml
 
 from tasks.context import Context
 from tasks.core import schema
+from tasks.core.generation import CUTS
 from tasks.publish.report_counts import defect_kinds, funnel_steps
 from tasks.publish.report_parts import RANKED_BY, count, escape, figure_text, markdown_table, num, pct
 
@@ -35,7 +36,7 @@ def card(ctx: Context, data: dict[str, Any], splits: dict[str, int]) -> str:
         f"---\n{yaml.safe_dump(front_matter(ctx, splits), sort_keys=False, allow_unicode=True)}---",
         *_about(ctx, data, splits), *_counts(data), *_sources(ctx, data), *_sampling(ctx, data),
         *_labels(ctx, data, columns), *_made_with(ctx, data), *_column_table(columns),
-        *_limits(data, ctx.config.generation.sampling_mask), *_use(splits), *_rebuild(ctx),
+        *_limits(data, ctx), *_use(splits), *_rebuild(ctx),
     ]
     return "\n".join(parts) + "\n"
 
@@ -99,7 +100,7 @@ def _sources(ctx: Context, data: dict[str, Any]) -> list[str]:
 
 
 def _sampling(ctx: Context, data: dict[str, Any]) -> list[str]:
-    generation, figures = ctx.config.generation, {h["id"]: h for h in data["heuristics"]}
+    figures = {h["id"]: h for h in data["heuristics"]}
     rows = []
     for h in ctx.heuristics:
         known = figures.get(h.id, {})
@@ -112,9 +113,25 @@ def _sampling(ctx: Context, data: dict[str, Any]) -> list[str]:
         table = [f"<details><summary>{len(rows)} heuristics</summary>", "", *table, "", "</details>"]
     return [
         "## How candidates were sampled", "",
-        f"Model {escape(data['model'])}, revision {escape(data['revision'] or 'not pinned')}. At most "
-        f"{generation.max_new_tokens} new tokens, at least {generation.min_new_tokens}. Every prompt was sampled with "
-        "every heuristic and seed; each request had a sampling seed of its own (`request_seed`).", "", *table, ""]
+        f"Model {escape(data['model'])}, revision {escape(data['revision'] or 'not pinned')}. Every "
+        "prompt was sampled with every heuristic and seed; each request had a sampling seed of its own "
+        "(`request_seed`).", "", *table, "", "Beside the heuristic, every request said:", "",
+        *_sent(ctx), "", *_template_notes(ctx), ""]
+
+
+def _sent(ctx: Context) -> list[str]:
+    """The fields that no heuristic governs, each with its origin."""
+    rows = [(name, str(value.value), value.origin)
+            for name, value in ctx.generation("generator").values_from.items()
+            if name not in ("temperature", *CUTS)]
+    return markdown_table(("field", "value", "from"), rows)
+
+
+def _template_notes(ctx: Context) -> list[str]:
+    found = ctx.raw["templates"]["generator"]
+    date = f", told the date {found['date']} whatever the day" if found.get("stamps_date") else ""
+    system = f", system prompt `{found['system_prompt']}`" if found["system_prompt"] else ""
+    return [f"Chat template `{found['digest']}` ({escape(found['origin'])}{date}){system} (digests)."]
 
 
 def _labels(ctx: Context, data: dict[str, Any], columns: pa.Schema) -> list[str]:
@@ -177,12 +194,13 @@ def _type(kind: pa.DataType) -> str:
     return str(kind)
 
 
-def _limits(data: dict[str, Any], recorded: bool) -> list[str]:
+def _limits(data: dict[str, Any], ctx: Context) -> list[str]:
     seeds, judge = data["requests"]["seed_effective"], data["judge"]
     out = ["Ratings compare answers within one (prompt, seed) only; elsewhere the opponents were others.",
            "`output_logprobs` are the server's: after temperature and custom processors, before native top_k, top_p "
            "and min_p."]
-    if recorded:
+    out += [escape(line) for line in _mismatches(ctx)]
+    if ctx.config.generation.generator.sampling_mask:
         out.append("`kept_ids` and `kept_logprobs` were recorded for native top_k only; elsewhere they are null.")
     if any(k != "true" for k in seeds):
         others = sum(n for k, n in seeds.items() if k != "true")
@@ -204,6 +222,20 @@ def _limits(data: dict[str, Any], recorded: bool) -> list[str]:
     return ["## Known limits", "", *(f"- {line}" for line in out), ""]
 
 
+def _mismatches(ctx: Context) -> list[str]:
+    """In what servers were not what the run asked for, as it allowed; and in what they were unlike each other."""
+    found: dict[str, int] = {}
+    for role, servers in (ctx.raw.get("servers") or {}).items():
+        for server in servers or []:
+            for d in server.get("mismatch") or []:
+                text = f"a {role} server was used with {d['field']} {d['found']}, the run asked for {d['asked']}"
+                found[text] = found.get(text, 0) + 1
+    unlike = sum(map(len, (ctx.raw.get("servers_differ") or {}).values()))
+    return [f"{text} ({n} of them)." if n > 1 else f"{text}." for text, n in found.items()] + (
+        [f"Servers of one role were unlike in {unlike} settings that shape tokens; `server` in the rows tells which "
+         "one answered."] if unlike else [])
+
+
 def _use(splits: dict[str, int]) -> list[str]:
     split = next(iter(splits), "train")
     return [
@@ -219,7 +251,8 @@ def _rebuild(ctx: Context) -> list[str]:
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     files = (" The heuristics of `heuristics.files` are in the table above." if ctx.config.heuristics.files else "")
     return ["## How to build it again", "",
-            f"Save this as `config.yaml`, add your `servers`, and run `winnow run config.yaml`.{files}", "",
+            f"Save this as `config.yaml`, add your `servers`, and run `winnow run config.yaml`.{files} The run's own "
+            "`run.json` holds those files too: `winnow run run.json` is the same plan, id for id.", "",
             f"{fence}yaml", text, fence]
 
 

@@ -14,6 +14,7 @@ import orjson
 
 from tasks.serving.failures import RequestFailed
 from tasks.serving.sampling_mask import read_mask
+from tasks.serving.told import algorithm
 
 _JSON = {"Content-Type": "application/json"}
 # uvicorn drops a connection that was idle for 5 s; reusing one at that moment would lose the request
@@ -45,11 +46,16 @@ class ServerFacts:
     honours_seeds: bool
     custom_processors: bool
     info: dict[str, Any]
+    generates: bool = True
+    """Not an embedding or reward model."""
+    context: int | None = None
+    """Longest sequence in tokens, as resolved."""
 
     @property
     def speculation(self) -> str | None:
         """The speculative decoding algorithm, which ignores custom processors and min_p; None when off."""
-        return self.info.get("speculative_algorithm") or None
+        found = algorithm(self.info.get("speculative_algorithm"))
+        return None if found == "off" else found
 
     @property
     def metrics(self) -> bool:
@@ -132,23 +138,27 @@ class SGLangClient:
         except ValueError as error:
             raise RequestFailed("server_error", f"{path} did not answer in JSON") from error
 
-    async def model_path(self, timeout_s: float = 10) -> str | None:
-        """The model that the server serves now. Raises RequestFailed."""
-        model = await self.get("/model_info", timeout_s)
-        if not isinstance(model, dict):
-            raise RequestFailed("server_error", f"{self.url} is not an SGLang server: /model_info is no mapping")
-        return model.get("model_path")
-
     async def facts(self) -> ServerFacts:
         """Model and resolved settings. Raises RequestFailed."""
-        model_path, info = await asyncio.gather(
-            self.model_path(), self.get("/server_info", _SERVER_INFO_S))
-        if not isinstance(info, dict):
-            raise RequestFailed("server_error", f"{self.url} is not an SGLang server: /server_info is no mapping")
+        model, info, context = await asyncio.gather(
+            self.get("/model_info"), self.get("/server_info", _SERVER_INFO_S), self._context())
+        for path, found in (("/model_info", model), ("/server_info", info)):
+            if not isinstance(found, dict):
+                raise RequestFailed("server_error", f"{self.url} is not an SGLang server: {path} is no mapping")
         # seeds want the pytorch sampler; speculation draws its tokens by other means
-        honours = (bool(info.get("enable_deterministic_inference")) and not info.get("speculative_algorithm")
+        honours = (bool(info.get("enable_deterministic_inference"))
+                   and algorithm(info.get("speculative_algorithm")) == "off"
                    and info.get("sampling_backend") in (None, "pytorch", "ascend"))
-        return ServerFacts(self.url, model_path, honours, bool(info.get("enable_custom_logit_processor")), info)
+        return ServerFacts(self.url, model.get("model_path"), honours, bool(info.get("enable_custom_logit_processor")),
+                           info, model.get("is_generation") is not False, context)
+
+    async def _context(self) -> int | None:
+        """The longest sequence that /v1/models names; None where it does not say."""
+        try:
+            found = (await self.get("/v1/models"))["data"][0]["max_model_len"]
+        except (RequestFailed, KeyError, IndexError, TypeError):
+            return None
+        return found if isinstance(found, int) else None
 
     async def load(self) -> tuple[float, float] | None:
         """(requests that run, requests that wait) as /metrics has them; None where it does not say."""

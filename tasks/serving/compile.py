@@ -2,7 +2,7 @@
 
 Native where the engine's result is the heuristic's, whatever else is in its batch:
 
-- temperature alone, always;
+- temperature alone (0, which takes the likeliest token, is to the engine a cut as well);
 - one of top_k, top_p, min_p after a temperature, where the server does not honour seeds.
 
 Everything else goes to the custom processor, which applies the steps in their order:
@@ -16,8 +16,8 @@ Everything else goes to the custom processor, which applies the steps in their o
   layers/sampler.py in 0.5.23), so with native cuts a row would depend on its neighbours' settings;
   and native min_p with a seed kills the server.
 
-Where the config wants it (`generation.sampling_mask`), a request with a native top_k also asks for the engine's
-record of what it kept (`sampling_mask`); `largest_mask` says where that can be had.
+Where the config wants it (`generation.generator.sampling_mask`), a request with a native top_k also asks for the
+engine's record of what it kept (`sampling_mask`); `largest_mask` says where that can be had.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.core.config import Generation
+from tasks.core.generation import RoleGeneration
 from tasks.core.heuristics import Heuristic
 from tasks.serving.client import ServerFacts
 from tasks.serving.logit_processor import encode_steps, processor_string
@@ -49,16 +49,11 @@ class Compiled:
         """How several cuts would combine on this path."""
         return "sequential" if self.custom_params is not None else "joint"
 
-    def sampling_params(self, generation: Generation, seed: int) -> dict[str, Any]:
+    def sampling_params(self, generation: RoleGeneration, seed: int) -> dict[str, Any]:
         """Every sampling field of one request, so that no server default can slip under it."""
         return {
             "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p,
-            "frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0,
-            "max_new_tokens": generation.max_new_tokens, "min_new_tokens": generation.min_new_tokens,
-            "stop": list(generation.stop), "stop_token_ids": [], "ignore_eos": False, "n": 1,
-            "skip_special_tokens": True, "spaces_between_special_tokens": True, "no_stop_trim": False,
-            "sampling_seed": seed,
-        } | ({"custom_params": self.custom_params} if self.custom_params is not None else {})
+        } | asked(generation, seed) | ({"custom_params": self.custom_params} if self.custom_params is not None else {})
 
     @property
     def processor(self) -> str | None:
@@ -67,14 +62,28 @@ class Compiled:
 
     def masked(self, largest: int) -> bool:
         """Whether a server whose `largest_mask` that is records what it kept of such a request."""
-        bounded = self.top_k == GREEDY_TOP_K or SMALLEST_TOP_K <= self.top_k <= largest
+        greedy = self.temperature == 0 or self.top_k == GREEDY_TOP_K
+        bounded = greedy or SMALLEST_TOP_K <= self.top_k <= largest
         return largest > 0 and self.custom_params is None and bounded
+
+
+_BY_ROLE = ("frequency_penalty", "presence_penalty", "repetition_penalty", "max_new_tokens", "min_new_tokens", "stop",
+            "stop_token_ids", "ignore_eos")
+_FIXED = {"n": 1, "skip_special_tokens": True, "spaces_between_special_tokens": True, "no_stop_trim": False}
+SENT = frozenset({"temperature", "top_k", "top_p", "min_p", "sampling_seed", *_BY_ROLE, *_FIXED})
+"""The sampling fields of every request: a server's preferences for these can't reach one."""
+
+
+def asked(generation: RoleGeneration, seed: int) -> dict[str, Any]:
+    """Every sampling field of a request but temperature and native cuts."""
+    return {name: generation[name] for name in _BY_ROLE} | _FIXED | {"sampling_seed": seed}
 
 
 def compile_heuristic(heuristic: Heuristic, honours_seeds: bool) -> Compiled:
     """What to send for `heuristic`; `honours_seeds`: the server runs in deterministic mode."""
     native = _native(heuristic)
-    cuts = native is not None and (native.top_k, native.top_p, native.min_p) != (-1, 1.0, 0.0)
+    cuts = native is not None and (native.temperature == 0
+                                   or (native.top_k, native.top_p, native.min_p) != (-1, 1.0, 0.0))
     if native is None or (cuts and honours_seeds):
         return Compiled(custom_params=encode_steps(heuristic.steps))
     return native
@@ -98,7 +107,7 @@ def _native(heuristic: Heuristic) -> Compiled | None:
 class Template:
     """A heuristic compiled for one kind of server, as text: a request differs by prompt, id and seed alone."""
 
-    def __init__(self, compiled: Compiled, generation: Generation, masked: bool = False) -> None:
+    def __init__(self, compiled: Compiled, generation: RoleGeneration, masked: bool = False) -> None:
         """`masked`: ask for the engine's sampling mask as well."""
         self.compiled, self.masked = compiled, masked
         marker = 3141592653589793238
@@ -146,9 +155,9 @@ def recording(servers: Iterable[ServerFacts], heuristics: Iterable[Heuristic]) -
     why = ("only a native top_k has one: a single top_k beside a temperature, on a server without deterministic "
            "inference and without speculation")
     if not named:
-        return f"generation.sampling_mask: no mask will be recorded; {why}"
-    return (f"generation.sampling_mask: recorded for {_some(sorted(named))} of {len(heuristics)}, on {able} of {total} "
-            f"servers; {why}")
+        return f"generation.generator.sampling_mask: no mask will be recorded; {why}"
+    return (f"generation.generator.sampling_mask: recorded for {_some(sorted(named))} of {len(heuristics)}, on {able} "
+            f"of {total} servers; {why}")
 
 
 def unfit(facts: ServerFacts, heuristics: Iterable[Heuristic]) -> str | None:
@@ -156,16 +165,23 @@ def unfit(facts: ServerFacts, heuristics: Iterable[Heuristic]) -> str | None:
 
     What would be sampled another way without a word, or would kill the server, never leaves the client.
     """
+    heuristics = list(heuristics)
     compiled = [(h, compile_heuristic(h, facts.honours_seeds)) for h in heuristics]
     processed = [h.name for h, c in compiled if c.custom_params is not None]
     if processed and not facts.custom_processors:
         return (f"it runs without custom logit processors, which {_some(processed)} need; start it with "
                 "--enable-custom-logit-processor (only on an address you trust), or choose other heuristics")
-    ignored = processed + [h.name for h, c in compiled if c.min_p > 0]
-    if ignored and facts.speculation:
+    if facts.speculation and (ignored := ignored_by_speculation(heuristics, facts.honours_seeds)):
         return (f"it decodes speculatively ({facts.speculation}), which silently ignores custom logit processors and "
-                f"min_p, and {_some(ignored)} need them; start it without speculation, or choose other heuristics")
+                f"min_p, and {ignored} need them; start it without speculation, or choose other heuristics")
     return None
+
+
+def ignored_by_speculation(heuristics: Iterable[Heuristic], honours_seeds: bool) -> str | None:
+    """The heuristics that speculative decoding would not sample as they are, in words, or None."""
+    compiled = [(h, compile_heuristic(h, honours_seeds)) for h in heuristics]
+    ignored = [h.name for h, c in compiled if c.custom_params is not None or c.min_p > 0]
+    return _some(ignored) if ignored else None
 
 
 def _some(names: list[str]) -> str:

@@ -1,57 +1,50 @@
-"""Start SGLang servers, wait until they answer, find them again, and stop only what was started here.
+"""Start SGLang servers, wait until they generate, find them again, and stop only what was started here.
 
-Every server leaves a record (`<state_dir>/<role>-<port>.json`) and a log beside it. A leashed server ends with the
-process that started it, however that dies (see `leash`); the others run on and are found again by their record.
+Every server leaves a record and a log in the state folder (see `records`). A leashed server ends with the process that
+started it, however that dies (see `leash`); the others run on. Whatever was killed and when, what remains of a server
+is known by its record: `reap` ends it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import logging
 import os
-import re
+import secrets
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from tasks.serving import diagnosis, places, processes, records
 from tasks.serving.launch_spec import LaunchFailed, LaunchSpec, command, environment, interpreter
-from tasks.serving.leash import GRACE_S, LeashedProcess, end_tree, start_leashed
+from tasks.serving.leash import GRACE_S, LeashedProcess, start_leashed
+from tasks.serving.places import busy, in_place_of
+from tasks.serving.records import ServerRecord, spec_of
 
-__all__ = ["LaunchFailed", "LaunchSpec", "ServerRecord", "command", "environment", "find_reusable", "interpreter",
-           "running", "start", "start_all", "stop"]
+__all__ = ["LaunchFailed", "LaunchSpec", "ServerRecord", "busy", "command", "environment", "in_place_of",
+           "interpreter", "reap", "running", "spec_of", "start", "start_all", "stop"]
+
+log = logging.getLogger("winnow.servers")
 
 OnWait = Callable[[float, str], None]
 Command = Callable[[LaunchSpec, int], list[str]]
+_Held = LeashedProcess | subprocess.Popen[bytes]
 _POLL_S = 0.25
 _PORT_ATTEMPTS = 3
-# What this process holds: letting go of a leash ends its server, letting go of a child leaves a zombie.
-_HELD: dict[int, LeashedProcess | subprocess.Popen[bytes]] = {}
+_SETTLED_S = 5.0  # a process that was being started when its starter was killed carries its mark by then
+# What this process holds, by record: letting go of a leash ends its server, letting go of a child leaves a zombie.
+_HELD: dict[str, _Held] = {}
 
 
-@dataclass(frozen=True)
-class ServerRecord:
-    """A server that was started here, as kept on disk. `pid` is the root of its process tree."""
-
-    role: str
-    url: str
-    pid: int
-    create_time: float
-    command: list[str]
-    spec_digest: str
-    spec: dict[str, Any]
-    log: str
-    started_at: str
-    leashed: bool
+class _PortTaken(LaunchFailed):
+    """Another process listens on the port."""
 
 
 def start(spec: LaunchSpec, state_dir: Path, *, leashed: bool, on_wait: OnWait | None = None,
@@ -64,64 +57,91 @@ def start_all(specs: Sequence[LaunchSpec], state_dir: Path, *, leashed: bool, on
               build: Command = command) -> list[ServerRecord]:
     """Start all servers, then wait for all; if one fails, all of them are stopped.
 
-    `on_wait(seconds, last line of the log)` is called while waiting. Raises LaunchFailed.
+    `on_wait(seconds, last line of the log)` is called while waiting. Raises LaunchFailed, before anything starts if
+    another run's server holds a GPU that one of these wants.
     """
+    places.refuse_held(specs, state_dir)
     started: dict[int, ServerRecord] = {}
     try:
-        for n, (spec, port) in enumerate(zip(specs, _ports(specs), strict=True)):
-            started[n] = _spawn(spec, port, state_dir, leashed, build)
+        ports = _ports(specs)
+        commands = [build(spec, port) for spec, port in zip(specs, ports, strict=True)]  # all, before any starts
+        for n, (spec, port, argv) in enumerate(zip(specs, ports, commands, strict=True)):
+            started[n] = _spawn(spec, port, argv, state_dir, leashed)
         for n, spec in enumerate(specs):
             for attempt in range(1, _PORT_ATTEMPTS + 1):
                 try:
-                    _await(spec, started[n], on_wait)
+                    started[n] = _await(spec, started[n], on_wait)
                     break
                 except _PortTaken as error:  # somebody took it between our look and the server's start
                     stop(started.pop(n))
                     if spec.port or attempt == _PORT_ATTEMPTS:
                         raise LaunchFailed(str(error)) from None
-                    started[n] = _spawn(spec, _ports([spec])[0], state_dir, leashed, build)
+                    port = _ports([spec])[0]
+                    started[n] = _spawn(spec, port, build(spec, port), state_dir, leashed)
     except BaseException:
-        for record in started.values():
-            stop(record)
+        _stop_all(started.values())
         raise
     return [started[n] for n in range(len(specs))]
 
 
 def running(state_dir: Path) -> list[ServerRecord]:
-    """The records whose process lives and is the one that was started (pid and creation time)."""
-    return [r for r in map(_read, sorted(state_dir.glob("*.json"))) if r is not None and _process(r) is not None]
+    """Our servers of which anything lives, those of other runs too."""
+    kept = records.kept(state_dir)
+    alive = records.living(kept)
+    return [r for r in kept if alive.get(r.id)]
 
 
-def find_reusable(spec: LaunchSpec, state_dir: Path, taken: Collection[str] = ()) -> ServerRecord | None:
-    """A running server that was started for the same settings, answers, outlives whoever started it, and is none of
-    the URLs `taken` (two equal specs ask for two servers)."""
-    for record in running(state_dir):
-        if record.url in taken:
-            continue
-        if record.leashed:
-            continue  # another run's: it ends with that run
-        same_place = spec.port is None or record.url.endswith(f":{spec.port}")
-        if record.spec_digest == spec.digest and same_place and _get(record.url + "/model_info", 5) is not None:
-            return record
-    return None
+def reap(state_dir: Path, grace_s: float = GRACE_S) -> list[ServerRecord]:
+    """End orphans, and forget servers of which nothing lives; the orphans that it ended.
+
+    An orphan's owner is gone, and it is one that should have ended with it (leashed), that was never seen to generate
+    (its owner was killed while it waited), or whose root has died. A server whose owner lives is never touched.
+    """
+    kept = records.kept(state_dir)
+    alive = records.living(kept)
+    orphans = []
+    for record in kept:
+        if alive.get(record.id):
+            if not record.owned and (record.leashed or not record.ready or record.root is None):
+                orphans.append(record)
+        elif record.processes or (not record.owned and record.age_s > _SETTLED_S):
+            records.remove(record)
+    _stop_all(orphans, grace_s)
+    return orphans
 
 
 def stop(record: ServerRecord, grace_s: float = GRACE_S) -> bool:
-    """End what the record identifies, its whole process tree, and remove the record. False if it was gone."""
-    process, held = _process(record), _HELD.pop(record.pid, None)
-    if process is not None:
-        if isinstance(held, LeashedProcess):
-            held.stop(grace_s)
-        end_tree(process, grace_s)
+    """End all that the record identifies and all that this started, then forget it. False if nothing of it lived.
+
+    SIGTERM first, SIGKILL to what is left after `grace_s` seconds.
+    """
+    held = _HELD.pop(record.id, None)
+    lived = bool(_living(record))
+    if isinstance(held, LeashedProcess) and held.poll() is None:
+        held.stop(grace_s)
+    left = processes.end(lambda: _living(record), grace_s)
     if held is not None:
         held.poll()
-    path = Path(record.log).parent / _name(record.role, record.url)
-    if (kept := _read(path)) and (kept.pid, kept.create_time) == (record.pid, record.create_time):
-        path.unlink(missing_ok=True)
-    return process is not None
+    if left:
+        log.warning("the %s server at %s can't be ended: processes %s still run", record.role, record.url,
+                    ", ".join(str(p.pid) for p in left))
+    else:
+        records.remove(record)
+    return lived
 
 
 # --- the parts ---
+
+def _living(record: ServerRecord) -> list[psutil.Process]:
+    return records.living([record]).get(record.id, [])
+
+
+def _stop_all(servers: Iterable[ServerRecord], grace_s: float = GRACE_S) -> None:
+    """Each takes seconds to end in order."""
+    if servers := list(servers):
+        with ThreadPoolExecutor(len(servers)) as stopping:
+            list(stopping.map(lambda server: stop(server, grace_s), servers))
+
 
 def _ports(specs: Sequence[LaunchSpec]) -> list[int]:
     """A port for each server, all different, none taken at this moment."""
@@ -139,70 +159,84 @@ def _ports(specs: Sequence[LaunchSpec]) -> list[int]:
         return out
 
 
-def _spawn(spec: LaunchSpec, port: int, state_dir: Path, leashed: bool, build: Command) -> ServerRecord:
-    argv, env = build(spec, port), os.environ | environment(spec)
-    now = datetime.now(UTC)
+def _spawn(spec: LaunchSpec, port: int, argv: list[str], state_dir: Path, leashed: bool) -> ServerRecord:
+    """Start a server. Its record is there before it is: see `reap`."""
+    now, mark = datetime.now(UTC), secrets.token_hex(8)
     state_dir = state_dir.resolve()
-    state_dir.mkdir(parents=True, exist_ok=True)
-    log_path = state_dir / f"{spec.role}-{port}-{now:%Y%m%dT%H%M%S}.log"
-    if leashed:
-        held = start_leashed(argv, env=env, log_path=log_path, cwd=state_dir)
-    else:
-        with log_path.open("ab") as output:
-            held = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env,
-                                    cwd=state_dir, start_new_session=True)
-    _HELD[held.pid] = held
     record = ServerRecord(
-        role=spec.role, url=f"http://{f'[{spec.host}]' if ':' in spec.host else spec.host}:{port}", pid=held.pid,
-        create_time=psutil.Process(held.pid).create_time(), command=argv, spec_digest=spec.digest,
-        spec=dataclasses.asdict(spec), log=str(log_path), started_at=now.isoformat(timespec="seconds"),
-        leashed=leashed)
-    path = state_dir / _name(record.role, record.url)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(dataclasses.asdict(record), indent=1))
-    partial.replace(path)
-    return record
-
-
-def _name(role: str, url: str) -> str:
-    return f"{role}-{url.rpartition(':')[2]}.json"
-
-
-def _read(path: Path) -> ServerRecord | None:
+        id=mark, role=spec.role, url=f"http://{f'[{spec.host}]' if ':' in spec.host else spec.host}:{port}", port=port,
+        machine=processes.here(), boot=processes.boot(), owner=processes.identify(os.getpid()), leashed=leashed,
+        ready=False, processes=(), devices=places.devices(spec), command=argv, spec=records.spec_dump(spec),
+        spec_digest=spec.digest, log=str(state_dir / f"{spec.role}-{port}-{now:%Y%m%dT%H%M%S}-{mark[:6]}.log"),
+        started_at=now.isoformat(timespec="seconds"))
     try:
-        return ServerRecord(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):  # torn, foreign or from another version: not ours to act on
-        return None
+        state_dir.mkdir(parents=True, exist_ok=True)
+        records.write(record)
+        held = _HELD[mark] = _run(argv, os.environ | environment(spec) | processes.marked(mark), record)
+        record = dataclasses.replace(record, processes=(processes.identify(held.pid),))
+        records.write(record)
+        return record
+    except BaseException as error:
+        stop(record)
+        if isinstance(error, OSError):
+            raise LaunchFailed(f"the {spec.role} server can't be started: {error}; check launch.python, and the space "
+                               f"and rights of {state_dir}") from error
+        raise
 
 
-def _process(record: ServerRecord) -> psutil.Process | None:
-    """The record's process, or None if it ended or its pid belongs to another process now."""
-    try:
-        process = psutil.Process(record.pid)
-        same = abs(process.create_time() - record.create_time) < 1.0
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.NoSuchProcess:
-        return None
+def _run(argv: list[str], env: dict[str, str], record: ServerRecord) -> _Held:
+    path = Path(record.log)
+    if record.leashed:
+        return start_leashed(argv, env=env, log_path=path, cwd=path.parent)
+    with path.open("ab") as output:
+        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env,
+                                cwd=path.parent, start_new_session=True)
 
 
-def _await(spec: LaunchSpec, record: ServerRecord, on_wait: OnWait | None) -> None:
+def _await(spec: LaunchSpec, record: ServerRecord, on_wait: OnWait | None) -> ServerRecord:
     """Return when the server generates tokens. Raises LaunchFailed when it ends or the deadline passes."""
     began = time.monotonic()
-    held = _HELD[record.pid]
-    ready = warm = False
-    while not warm:
+    held = _HELD[record.id]
+    while True:
         elapsed = time.monotonic() - began
+        record = _seen(record)
         if (code := held.poll()) is not None:
-            raise _diagnosed(f"the {spec.role} server ended with code {code} before it was ready", record)
+            raise _failed(f"the {spec.role} server ended with code {code} before it was ready", spec, record, code)
         if elapsed > spec.ready_timeout_s:
-            raise _diagnosed(f"the {spec.role} server was not ready after {spec.ready_timeout_s:g} s", record)
+            raise _failed(f"the {spec.role} server was not ready after {spec.ready_timeout_s:g} s", spec, record)
         if on_wait:
-            on_wait(elapsed, (_tail(record, 1) or [""])[0])
+            on_wait(elapsed, (diagnosis.last_lines(Path(record.log), 1) or [""])[0])
         left = max(1.0, spec.ready_timeout_s - elapsed)
-        ready = ready or _get(record.url + "/health_generate", min(30.0, left)) is not None
-        warm = ready and _warmed_up(spec, record, left)
-        if not warm:
-            time.sleep(_POLL_S)
+        if places.get(record.url + "/health_generate", min(30.0, left)) is not None:
+            if not _listens(record):
+                raise _PortTaken(f"the {spec.role} server was not started: another process answers at {record.url}")
+            if _warmed_up(spec, record, left):
+                return _seen(record, ready=True)
+        time.sleep(_POLL_S)
+
+
+def _seen(record: ServerRecord, **changes: bool) -> ServerRecord:
+    """The record with the processes that live now, kept on disk if that says something new."""
+    now = dataclasses.replace(record, processes=records.seen(record), **changes)
+    if now != record:
+        try:
+            records.write(now)
+        except OSError as error:  # what is on disk is enough to find the server again
+            log.warning("the record %s can't be written: %s", record.path, error)
+    return now
+
+
+def _listens(record: ServerRecord) -> bool:
+    """Whether it is this server that has the port: another's, started at the same moment, may answer there."""
+    for identity in records.seen(record):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            try:
+                sockets = psutil.Process(identity.pid).net_connections("tcp")
+            except psutil.AccessDenied:
+                return True  # not for us to know
+            if any(s.status == psutil.CONN_LISTEN and s.laddr and s.laddr.port == record.port for s in sockets):
+                return True
+    return False
 
 
 def _warmed_up(spec: LaunchSpec, record: ServerRecord, timeout_s: float) -> bool:
@@ -210,69 +244,14 @@ def _warmed_up(spec: LaunchSpec, record: ServerRecord, timeout_s: float) -> bool
     if spec.embeds:
         return True
     body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 1.0, "sampling_seed": 0}}
-    request = urllib.request.Request(record.url + "/generate", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
-    try:
-        with _OPENER.open(request, timeout=timeout_s) as response:
-            return response.status == 200
-    except urllib.error.HTTPError as error:
-        return error.code != 503  # it answers; what it thinks of the request is its own matter
-    except (OSError, ValueError):
-        return False
+    # it answers: what it thinks of the request is its own matter, unless it is still starting
+    return places.post(record.url + "/generate", body, timeout_s) not in (None, 503)
 
 
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy is not for our own servers
-
-
-def _get(url: str, timeout_s: float) -> bytes | None:
-    try:
-        with _OPENER.open(url, timeout=timeout_s) as response:
-            return response.read() if response.status == 200 else None
-    except (OSError, ValueError):
-        return None
-
-
-# --- saying what went wrong ---
-
-_CAUSES = (
-    (r"address already in use|port \d+ is (already|not available)", "its port is taken"),
-    (r"out of memory|OutOfMemoryError|Not enough memory|Cannot allocate memory",
-     "out of memory: lower launch.mem_fraction, use a smaller model or free the device"),
-    (r"gated repo|401 Client Error|Unauthorized", "the model needs an access token: set HF_TOKEN"),
-    (r"is not a valid model identifier|Repository Not Found|does not appear to have a file named|"
-     r"is not a local folder|couldn't connect to .*huggingface|OfflineModeIsEnabled|LocalEntryNotFound",
-     "no such model: check launch.model (a folder, or an id that this machine can download)"),
-    (r"No module named '?sglang", "its Python has no SGLang: check launch.python"),
-    (r"unrecognized arguments|invalid choice|expected one argument|ambiguous option",
-     "SGLang does not know a flag: check launch.flags"),
-    (r"No CUDA GPUs are available|no NVIDIA driver|libcuda\.so|invalid device ordinal|No accelerator",
-     "no usable GPU: check launch.gpus and the driver, or set launch.device: cpu"),
-    (r"No module named '?([\w.]+)", "a package is missing in the server's environment"),
-)
-
-
-class _PortTaken(LaunchFailed):
-    """Another process listens on the port."""
-
-
-def _diagnosed(what: str, record: ServerRecord) -> LaunchFailed:
-    text = _text(record)
-    cause = next((cause for pattern, cause in _CAUSES if re.search(pattern, text, re.IGNORECASE)), None)
-    kind = _PortTaken if cause == "its port is taken" else LaunchFailed
-    end = "\n".join(f"  | {line}" for line in _tail(record, 15))
+def _failed(what: str, spec: LaunchSpec, record: ServerRecord, code: int | None = None) -> LaunchFailed:
+    path = Path(record.log)
+    draft = spec.speculation.get("draft_model")
+    cause = diagnosis.cause(diagnosis.read_end(path), code, str(draft) if draft else None)
+    kind = _PortTaken if cause == diagnosis.PORT_TAKEN else LaunchFailed
+    end = "\n".join(f"  | {line}" for line in diagnosis.last_lines(path, 15))
     return kind(f"{what}{f': {cause}' if cause else ''}\n{end}\n  log: {record.log}")
-
-
-def _text(record: ServerRecord) -> str:
-    """The end of the log, without the line that repeats all 500 settings."""
-    try:
-        with Path(record.log).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 200_000))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    return "\n".join(line for line in text.splitlines() if "server_args=" not in line)
-
-
-def _tail(record: ServerRecord, lines: int) -> list[str]:
-    return [line[:300] for line in _text(record).splitlines() if line.strip()][-lines:]

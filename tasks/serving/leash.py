@@ -3,7 +3,7 @@
     python -m tasks.serving.leash [--grace SECONDS] [--parent PID] -- CMD...      (or by this file's path)
 
 The leash runs CMD in a session of its own and waits. It ends CMD, SIGTERM first and SIGKILL after the
-grace time, on SIGTERM, SIGINT or SIGHUP, or when its stdin pipe reaches its end: the kernel closes the
+grace time, on SIGTERM, SIGINT, SIGHUP or SIGQUIT, or when its stdin pipe reaches its end: the kernel closes the
 pipe however the parent died, kill -9 included. Everything CMD started ends with it, also what went into
 a session of its own. The leash exits with CMD's exit code when CMD ends by itself.
 
@@ -133,9 +133,11 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def _tie_to_leash() -> None:
+def _tie_to(leash: int) -> None:
     """Runs in the child before exec: SIGTERM for the command if the leash itself is killed."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != leash:  # it was, a moment ago
+        os._exit(_STOPPED)
 
 
 def _pipe_message(parent: int) -> bytes | None:
@@ -156,10 +158,12 @@ def _grace_from(message: bytes, default: float) -> float:
 def hold(cmd: Sequence[str], grace_s: float, parent: int) -> int:
     """Run `cmd` until it ends, the process `parent` is gone or a signal comes. Returns the exit code."""
     asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    # SIGQUIT: what SGLang's workers send to their parent when they fail, and that is the leash once their own is gone
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda received, _frame: asked.append(received))
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the command become children of the leash: none is lost
-    command = subprocess.Popen(cmd, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_tie_to_leash)
+    this = os.getpid()
+    command = subprocess.Popen(cmd, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=lambda: _tie_to(this))
     last_word, code = b"", None
     while code is None and not asked:
         message = _pipe_message(parent)
@@ -184,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("no command after --")
     try:
         return hold(command, options.grace, options.parent or os.getppid())
-    except FileNotFoundError as error:
+    except OSError as error:
         print(f"leash: {error}", file=sys.stderr)
         return 127
 

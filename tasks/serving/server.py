@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from tasks.core.progress import ServerLoad
 from tasks.serving.client import Reply, ServerFacts, SGLangClient
 from tasks.serving.failures import RequestFailed
+from tasks.serving.guard import changed, table
 from tasks.serving.limit import AdaptiveLimit
 
 if TYPE_CHECKING:
@@ -217,11 +218,12 @@ class Server:
                 await asyncio.sleep(0.2)
         known = self.facts
         assert known is not None
-        if now.model_path != known.model_path:
+        found = changed(known, now)
+        if any(d.field == "model" for d in found):
             raise RequestFailed("wrong_model", f"it serves {now.model_path} now, it served {known.model_path} before")
-        for what in ("honours_seeds", "custom_processors", "speculation"):
-            if getattr(now, what) != getattr(known, what):
-                raise RequestFailed("changed", f"{what} is {getattr(now, what)} now, it was {getattr(known, what)}")
+        if found:
+            raise RequestFailed("changed", "it runs otherwise than before: " + ", ".join(
+                f"{field} is {is_now}, it was {was}" for field, was, is_now in table(found, mend="none")))
         self._confirmed_at = started
 
     # -- what people see -------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.core.config_generation import RoleLessKey
 from tasks.core.errors import InputError
 from tasks.core.resolve import load_config
 
@@ -15,7 +16,7 @@ sources:
   - {name: sums, path: sums.jsonl, prompt_key: question, answer_key: answer, verifier: gsm8k}
 heuristics: {family: qwen}
 seeds: [0, 1]
-generation: {max_new_tokens: 64}
+generation: {generator: {max_new_tokens: 64}}
 """
 
 
@@ -30,8 +31,8 @@ def write(folder: Path, text: str) -> Path:
     ("verifier: gsm8k", "verifer: gsm8k", 4, ["sources.0.verifer", "did you mean 'verifier'?"]),
     ("verifier: gsm8k", "verifier: gsm8", 4, ["unknown value 'gsm8'", "did you mean 'gsm8k'?"]),
     ("family: qwen", "family: qwn", 5, ["heuristics.family", "did you mean 'qwen'?"]),
-    ("max_new_tokens: 64", "max_new_tokens: 0", 7, ["generation.max_new_tokens", "given: 0"]),
-    ("max_new_tokens: 64", "max_new_tokens: many", 7, ["generation.max_new_tokens", "integer", "given: 'many'"]),
+    ("max_new_tokens: 64", "max_new_tokens: 0", 7, ["generation.generator.max_new_tokens", "given: 0"]),
+    ("max_new_tokens: 64", "max_new_tokens: many", 7, ["generation.generator.max_new_tokens", "integer", "given: 'many'"]),
     ("max_new_tokens: 64", "max_new_tokens: 64, min_new_tokens: 65", 7, ["min_new_tokens (65)", "(64)"]),
     ("seeds: [0, 1]", "seeds: [0, 0]", 6, ["seeds", "given twice: 0"]),
     ("seeds: [0, 1]", "seeds: []", 6, ["seeds", "at least 1"]),
@@ -79,8 +80,8 @@ def test_every_value_has_its_origin(tmp_path):
     assert (config.run, config.scoring.top_k, config.sources[0].limit) == ("other", 3, 7)
     assert origins["run"] == "--run"
     assert origins["scoring.top_k"] == origins["sources.0.limit"] == "--set"
-    assert origins["generation.max_new_tokens"] == f"{path}:7"
-    assert origins["generation.min_new_tokens"] == "default"
+    assert origins["generation.generator.max_new_tokens"] == f"{path}:7"
+    assert origins["generation.generator.min_new_tokens"] == "default"
     assert origins["sources.0.name"] == f"{path}:4"
 
 
@@ -114,16 +115,118 @@ def test_servers_and_workers_are_not_part_of_the_identity(tmp_path):
     same = load_config(path, ["engine.max_workers=9", "limits.attempts=9", "servers.generator=[{url: 'http://a:1'}]",
                               "run=x", "runs_dir=elsewhere"])[0].identity()
     assert json.dumps(base) == json.dumps(same)
-    for change in ("seeds=[0, 2]", "generation.max_new_tokens=65", "run_seed=1", "scoring.top_k=2"):
+    for change in ("seeds=[0, 2]", "run_seed=1", "scoring.top_k=2"):
         assert load_config(path, [change])[0].identity() != base
 
 
 def test_every_field_is_documented():
     from pydantic import BaseModel
 
-    from tasks.core import config
+    from tasks.core import config, config_generation, config_servers
 
-    sections = [c for c in vars(config).values() if isinstance(c, type) and issubclass(c, BaseModel)]
+    modules = (config, config_generation, config_servers)
+    sections = [c for m in modules for c in vars(m).values() if isinstance(c, type) and issubclass(c, BaseModel)]
     undocumented = [f"{c.__name__}.{n}" for c in sections for n, f in c.model_fields.items() if not f.description]
     assert len(sections) > 10
     assert undocumented == []
+
+
+ROLES = GOOD.replace("{generator: {max_new_tokens: 64}}", "%s")
+
+
+@pytest.mark.parametrize(("generation", "sets", "generator", "judge"), [
+    ("{temperature: 0.5}", [], 0.5, 0.5),
+    ("{temperature: 0.5, judge: {temperature: 0.1}}", [], 0.5, 0.1),
+    ("{temperature: 0.5, generator: {temperature: 0.9}}", [], 0.9, 0.5),
+    ("{generator: {temperature: 0.9}}", [], 0.9, None),
+    ("{}", ["generation.temperature=0.3"], 0.3, 0.3),
+    ("{generator: {temperature: 0.9}}", ["generation.temperature=0.3"], 0.3, 0.3),
+    ("{temperature: 0.5}", ["generation.judge.temperature=0.2"], 0.5, 0.2),
+    ("{temperature: 0.5}", ["generation.judge.temperature=0.2", "generation.temperature=0.3"], 0.3, 0.2),
+    ("{temperature: 0.5, judge: {temperature: null}}", [], 0.5, None),
+])
+def test_a_key_without_a_role_stands_for_the_roles_that_have_none_of_their_own(tmp_path, generation, sets, generator, judge):
+    config, _ = load_config(write(tmp_path, ROLES % generation), sets)
+    assert (config.generation.generator.temperature, config.generation.judge.temperature) == (generator, judge)
+
+
+def test_what_only_a_writer_needs_does_not_reach_the_judge(tmp_path):
+    text = "{max_new_tokens: 9, min_new_tokens: 1, stop: [x], stop_token_ids: [3], ignore_eos: true, " \
+           "system_prompt: Hi, sampling_mask: true, top_k: 4, context_length: 99, chat_template: t.jinja, " \
+           "engine: {kv-cache-dtype: bf16}}"
+    generation = load_config(write(tmp_path, ROLES % text))[0].generation
+    assert generation.generator.model_dump(exclude_none=True, exclude={"template_date"}) == {
+        "max_new_tokens": 9, "min_new_tokens": 1, "stop": ["x"], "stop_token_ids": [3], "ignore_eos": True,
+        "system_prompt": "Hi", "sampling_mask": True, "top_k": 4, "context_length": 99, "chat_template": "t.jinja",
+        "engine": {"kv-cache-dtype": "bf16"}}
+    assert generation.judge.model_dump(exclude_none=True, exclude={"template_date"}) == {
+        "top_k": 4, "context_length": 99, "chat_template": "t.jinja", "engine": {"kv-cache-dtype": "bf16"}}
+
+
+def test_a_key_without_a_role_is_deprecated_and_keeps_its_origin(tmp_path):
+    path = write(tmp_path, ROLES % "{temperature: 0.5, engine: {page-size: 4}, judge: {temperature: 0.1}}")
+    with pytest.warns(RoleLessKey, match=r"run.yaml:7: generation.temperature is deprecated; write "
+                                         r"generation.generator.temperature and generation.judge.temperature") as said:
+        config, origins = load_config(path, ["generation.top_p=0.9"])
+    assert len(said) == 3
+    assert origins["generation.generator.temperature"] == f"{path}:7 (generation.temperature)"
+    assert origins["generation.judge.temperature"] == f"{path}:7"
+    assert origins["generation.judge.engine.page-size"] == f"{path}:7 (generation.engine)"
+    assert origins["generation.judge.top_p"] == "--set"
+    assert config.generation.judge.top_p == 0.9
+    assert issubclass(RoleLessKey, DeprecationWarning)
+    with pytest.raises(InputError, match=rf"{path}:7 \(generation.temperature\): generation.generator.temperature"):
+        load_config(write(tmp_path, ROLES % "{temperature: -1}"))
+
+
+@pytest.mark.parametrize("text", ["none", "None", "NONE", "' none '", "disable", "'Disabled '", "OFF", "off", "false", "no",
+                                  "null"])
+def test_every_word_for_off_is_off(tmp_path, text):
+    config, _ = load_config(write(tmp_path, GOOD + f"servers: [{{launch: {{speculation: {text}}}}}]\n"))
+    assert config.servers.generator[0].settings.speculation.algorithm == "off"
+
+
+@pytest.mark.parametrize(("key", "text", "meant"), [
+    ("dtype", "half", "float16"), ("dtype", "' BF16 '", "bfloat16"), ("dtype", "torch.float32", "float32"),
+    ("dtype", "AUTO", "auto"), ("device", "GPU", "cuda"), ("sampling_backend", "PyTorch", "pytorch"),
+])
+def test_aliases_are_one_word(tmp_path, key, text, meant):
+    config, _ = load_config(write(tmp_path, GOOD + f"servers: [{{launch: {{{key}: {text}}}}}]\n"))
+    assert getattr(config.servers.generator[0].launch, key) == meant
+
+
+@pytest.mark.parametrize(("launch", "said"), [
+    ("speculation: engram", ["speculation.algorithm", "unknown value 'engram'", "did you mean 'ngram'"]),
+    ("speculation: auto", ["unknown value 'auto'"]), ("speculation: true", ["unknown value True"]),
+    ("dtype: int8", ["dtype", "unknown value 'int8'"]), ("dtype: none", ["unknown value 'none'"]),
+    ("speculation: eagle", ["needs draft_model"]),
+    ("speculation: {algorithm: eagle, draft_model: d, steps: 3}", ["belong together", "topk and draft_tokens are missing"]),
+    ("speculation: {algorithm: ngram, min_breadth: 5, max_breadth: 2}", ["min_breadth (5) is above max_breadth (2)"]),
+    ("speculation: {algorithm: ngram, draft_tokens: 4}", ["draft_tokens (4) is below max_breadth (10)"]),
+    ("speculation: {algorithm: ngram, max_breadth: 13}", ["draft_tokens (12) is below max_breadth (13)"]),
+    ("speculation: ngram, device: cpu", ["speculation needs a GPU"]),
+    ("sampling_backend: flashinfer", ["SGLang samples with pytorch where it honours seeds"]),
+    ("speculation: {algorithm: off, draft_tokens: 3}", ["draft_tokens: is of no use with algorithm off"]),
+])
+def test_an_unknown_or_impossible_setting_of_a_server_is_an_error_never_a_default(tmp_path, launch, said):
+    with pytest.raises(InputError) as caught:
+        load_config(write(tmp_path, GOOD + f"servers: [{{launch: {{{launch}}}}}]\n"))
+    for words in said:
+        assert words in str(caught.value)
+
+
+def test_a_judge_does_not_speculate(tmp_path):
+    text = GOOD + "servers: {judge: [{launch: {speculation: ngram}}]}\n"
+    with pytest.raises(InputError, match="speculation is for generators"):
+        load_config(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("temperature", -0.1), ("temperature", 101), ("top_k", 0), ("top_k", -2), ("top_p", 0), ("top_p", 1.1), ("min_p", 1.1),
+    ("frequency_penalty", 2.1), ("presence_penalty", -2.1), ("repetition_penalty", 0), ("repetition_penalty", 2.1),
+    ("seed", -1), ("max_new_tokens", 0), ("min_new_tokens", -1), ("stop_token_ids", "[-1]"), ("context_length", 8),
+    ("template_date", "yesterday"),
+])
+def test_a_value_out_of_range_is_named_before_anything_is_sent(tmp_path, field, value):
+    with pytest.raises(InputError, match=rf"run.yaml:7: generation\.judge.*{field}|run.yaml:7: generation\.judge: {field}"):
+        load_config(write(tmp_path, ROLES % f"{{judge: {{{field}: {value}}}}}"))

@@ -44,7 +44,7 @@ def processor(name: str, **params) -> dict:
     (pipeline(processor("top_p", top_p=1.5)), ["processors.0.params.top_p", "1.5", "at most 1"]),
     (pipeline(processor("top_p", top_p=True)), ["out of range"]),
     (pipeline(processor("top_k", top_k=2.5)), ["top_k", "whole number"]),
-    (pipeline(processor("temperature", temperature=0)), ["above 0", "top_k: 1"]),
+    (pipeline(processor("temperature", temperature=-0.1)), ["between 0 (the likeliest token) and 100"]),
     (pipeline(processor("eta", epsilon=float("nan"))), ["out of range"]),
     (pipeline(processor("typical")), ["typical needs 'mass'"]),
     (pipeline(processor("temperature", temperature=1, min_tokens_to_keep=2)), ["removes no tokens"]),
@@ -97,5 +97,5 @@ def test_any_number_is_either_in_range_or_refused(value, name):
     except InputError as error:
         assert "here.params" in str(error)
     else:
-        assert parsed.value == value > 0 or (name == "min_p" and value == 0)
+        assert parsed.value == value > 0 or (name in ("min_p", "temperature") and value == 0)
         assert name in ("temperature", "top_k") or value <= 1

@@ -192,6 +192,15 @@ def test_a_vanishing_temperature_keeps_the_most_likely_token() -> None:
     assert out.softmax(dim=-1).tolist() == [[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
 
 
+def test_a_temperature_of_0_keeps_the_first_of_the_likeliest_tokens_alone() -> None:
+    logits = torch.tensor([[-3.0, -1.0, -2.0], [5.0, 1.0, 5.0], [3e38, -math.inf, 3e38], [1.0, 2.0, 3.0]])
+    rows: list[list[Step]] = [[("temperature", t, 1)] for t in (0.0, 0.0, 0.0, 0.5)]
+    out = warp_rows(logits, rows)
+    assert out[:3].softmax(dim=-1).tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+    assert identical(out[3:], logits[3:] / 0.5)
+    assert identical(out[:1], warp(logits[:1], rows[0]))
+
+
 def test_rows_that_share_processors_run_as_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
     sort = torch.sort
@@ -211,7 +220,7 @@ def test_rows_that_share_processors_run_as_one_batch(monkeypatch: pytest.MonkeyP
     [
         (("temprature", 0.7, 1), "unknown processor 'temprature'"),
         ((None, 0.7, 1), "unknown processor None"),
-        (("temperature", 0.0, 1), "above 0"),
+        (("temperature", -0.1, 1), "0 or more"),
         (("temperature", 1e39, 1), "finite"),
         (("temperature", math.nan, 1), "nan"),
         (("temperature", True, 1), "True"),

@@ -40,7 +40,8 @@ def sampled(folder: Path, url: str, run: str, **generation: Any) -> dict[str, li
         {"name": name, "processors": [HEAT, *({"name": n, "params": {n: v}} for n, v in cuts.items())]}
         for name, cuts in CUTS.items()]}))
     raw["heuristics"] = {"files": [str(file)]}
-    raw["generation"] |= {"sampling_mask": True} | generation
+    raw["servers"]["generator"][0]["expect"] = {"dtype": "bfloat16", "deterministic": False}
+    raw["generation"]["generator"] |= {"sampling_mask": True} | generation
     ctx = build(raw, ["generate", "verify"])
     rows = verified(ctx)
     assert [(r["status"], r["error"]) for r in rows] == [("ok", None)] * (5 * 2 * len(CUTS))

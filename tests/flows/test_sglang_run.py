@@ -45,12 +45,13 @@ def server(model, tmp_path_factory) -> Iterator[str]:
 def small(folder: Path, url: str, run: str, **changes) -> dict:
     """The demo's config, five prompts of five kinds, short answers."""
     raw = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
-    raw |= {"run": run, "runs_dir": str(folder), "servers": {"generator": [{"url": url, "max_in_flight": 16}]}}
+    raw |= {"run": run, "runs_dir": str(folder), "servers": {
+        "generator": [{"url": url, "max_in_flight": 16, "expect": {"dtype": "bfloat16"}}]}}
     for source in raw["sources"]:
         source |= {"limit": 1, "path": str(ROOT / source["path"])}
     raw["model"]["path"] = str(ROOT / raw["model"]["path"])
     raw["heuristics"]["files"] = [str(ROOT / f) for f in raw["heuristics"]["files"]]
-    raw["generation"]["max_new_tokens"] = 16
+    raw["generation"]["generator"]["max_new_tokens"] = 16
     return raw | changes
 
 
@@ -130,7 +131,8 @@ def test_a_server_killed_and_restarted_in_the_middle_costs_no_row(run, server, m
     victim = launcher.start(spec, folder, leashed=True)
     again = LaunchSpec(**{**dataclasses.asdict(spec), "port": int(victim.url.rpartition(":")[2])})
     raw = small(tmp_path, server, "disturbed", labels=[])
-    raw["servers"]["generator"] = [{"url": url, "max_in_flight": 8} for url in (server, victim.url)]
+    raw["servers"]["generator"] = [{"url": url, "max_in_flight": 8, "expect": {"dtype": "bfloat16"}}
+                                   for url in (server, victim.url)]
     journals, records = tmp_path / "disturbed/journal", [victim]
 
     def kill_and_restart() -> None:

@@ -9,7 +9,7 @@ import pytest
 from tasks.core.errors import UnreachableError
 from tasks.core.tokenizer import decode
 from tests.fake_sglang import FakeSGLang
-from tests.runs import build, make_config
+from tests.runs import build, expecting, make_config
 
 GENERATE = ["generate", "verify"]
 VOLATILE = ("latency_s", "attempts", "server")
@@ -48,7 +48,7 @@ def test_the_answer_does_not_depend_on_shards_servers_or_order(tmp_path, tiny_mo
 
 def test_a_server_that_ignores_seeds_is_recorded_as_such(tmp_path, tiny_model):
     with FakeSGLang(deterministic=False) as server:
-        ctx = build(make_config(tmp_path, tiny_model, [server.url]), GENERATE)
+        ctx = build(expecting(make_config(tmp_path, tiny_model, [server.url]), deterministic=False), GENERATE)
         assert {r["seed_effective"] for r in rows_of(ctx)} == {False}
 
 
@@ -191,7 +191,8 @@ def test_seeds_and_heuristics_in_another_order_change_no_row(tmp_path, tiny_mode
 @pytest.mark.parametrize("honours", [True, False])
 def test_seed_effective_is_what_the_server_does(tmp_path, tiny_model, honours):
     with FakeSGLang(deterministic=honours, fault=lambda n, p: "400" if n % 7 == 0 else None) as server:
-        rows = rows_of(build(make_config(tmp_path, tiny_model, [server.url]), GENERATE))
+        raw = expecting(make_config(tmp_path, tiny_model, [server.url]), deterministic=honours)
+        rows = rows_of(build(raw, GENERATE))
     assert {r["seed_effective"] for r in rows} == {honours}
     assert {r["status"] for r in rows} == {"ok", "rejected"}
 
@@ -200,6 +201,7 @@ def test_each_row_of_a_mixed_fleet_tells_its_own_servers_truth(tmp_path, tiny_mo
     """Native cuts kill a server that honours seeds, or tie its rows to their neighbours': they go to the other only."""
     with FakeSGLang(deterministic=True, delay_s=0.002) as seeded, FakeSGLang(deterministic=False, delay_s=0.002) as plain:
         raw = with_cuts(make_config(tmp_path, tiny_model, [seeded.url, plain.url], seeds=[0, 1, 2, 3]))
+        expecting(raw, deterministic=False, only=[plain.url])
         for server in raw["servers"]["generator"]:
             server["max_in_flight"] = 3
         # what failed at one of them is tried at the other, compiled anew

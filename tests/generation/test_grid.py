@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.core import identity
-from tasks.core.config import Generation, RunConfig
+from tasks.core.config import RunConfig
 from tasks.core.heuristics import Heuristic, Processor
 from tasks.generation import grid as module
 from tasks.generation.grid import Grid
+from tests.asked import generation
 from tests.plain_ids import candidate_id, request_seed
 
-GENERATION = {"max_new_tokens": 8}
+GENERATION = generation(max_new_tokens=8, seed=5)
 
 
 def make(prompts: list[str], heuristics: list[float], seeds: list[int], block_rows: int = 512, shard: slice | None = None,
@@ -25,12 +26,13 @@ def make(prompts: list[str], heuristics: list[float], seeds: list[int], block_ro
     """A grid over prompts by name, heuristics by temperature; `shard`: which of the prompts it holds."""
     config = RunConfig.model_validate({
         "run": "r", "model": {"path": "m"}, "sources": [{"name": "s", "path": "p.jsonl"}], "seeds": seeds,
-        "heuristics": {"family": "qwen"}, "generation": GENERATION, "run_seed": 5,
+        "heuristics": {"family": "qwen"}, "run_seed": 5,
         "servers": [{"url": f"http://127.0.0.1:{n + 1}"} for n in range(servers)]})
     rows = [{"prompt_id": identity.digest(p), "source": "s", "prompt_ids": [n]} for n, p in enumerate(prompts)]
     table = pa.Table.from_pylist(rows[shard or slice(None)], schema=pa.schema(
         [("prompt_id", pa.string()), ("source", pa.string()), ("prompt_ids", pa.list_(pa.int32()))]))
-    ctx = SimpleNamespace(config=config, store=None, heuristics=[
+    ctx = SimpleNamespace(config=config, store=None, generation=lambda _: GENERATION, raw={
+        "candidate_identity": GENERATION.identity()}, heuristics=[
         Heuristic(f"t{t}", (Processor("temperature", t),)) for t in heuristics])
     with mock.patch.object(module, "read_shard", lambda store, n: table), \
             mock.patch.object(module, "BLOCK_ROWS", block_rows):
@@ -56,7 +58,7 @@ def test_cells_are_every_prompt_heuristic_and_seed_in_this_order(prompts, heuris
 @given(**SIZES)
 def test_a_cells_ids_are_those_of_the_identity_module(prompts, heuristics, seeds, block_rows):
     grid = make([f"p{n}" for n in range(prompts)], [0.5 + n / 10 for n in range(heuristics)], list(range(seeds)), block_rows)
-    generation = Generation.model_validate(GENERATION).identity()
+    generation = GENERATION.identity()
     for c in cells(grid):
         p, h = c.prompt["prompt_id"], c.heuristic.id
         assert c.heuristic_id == h

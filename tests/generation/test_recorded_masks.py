@@ -14,14 +14,17 @@ from tasks.context import Context
 from tasks.core import schema
 from tasks.core.errors import InputError
 from tests.fake_sglang import FakeSGLang
-from tests.runs import build, make_config
+from tests.runs import build, expecting, make_config
 
 HEAT = {"name": "temperature", "params": {"temperature": 0.8}}
 CUTS = {"plain": {}, "ranked": {"top_k": 20}, "nucleus": {"top_p": 0.9}, "both": {"top_k": 20, "top_p": 0.9}}
 
 
-def config(folder: Path, model: Path, urls: list[str], mask: bool = True, **changes: Any) -> dict[str, Any]:
-    raw = make_config(folder, model, urls, generation={"max_new_tokens": 48, "sampling_mask": mask}, **changes)
+def config(folder: Path, model: Path, urls: list[str], mask: bool = True, deterministic: bool = False,
+           **changes: Any) -> dict[str, Any]:
+    raw = make_config(folder, model, urls, generation={"generator": {"max_new_tokens": 48, "sampling_mask": mask}},
+                      **changes)
+    expecting(raw, deterministic=deterministic)
     pipelines = [{"name": name, "processors": [HEAT, *({"name": n, "params": {n: v}} for n, v in cuts.items())]}
                  for name, cuts in CUTS.items()]
     (folder / "heuristics.yaml").write_text(json.dumps({"sampling_pipelines": pipelines}))
@@ -58,16 +61,16 @@ def test_what_was_kept_comes_with_every_row_of_a_native_top_k_and_with_no_other(
     assert train.schema.field("kept_ids").type == pa.list_(pa.list_(pa.int32()))
     kept = {r["candidate_id"]: r["kept_ids"] for r in rows}
     assert all(kept[r["candidate_id"]] == r["kept_ids"] for r in train.to_pylist())
-    said = [r.getMessage() for r in caplog.records if "generation.sampling_mask" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "generation.generator.sampling_mask" in r.getMessage()]
     assert len(said) == 1 and "1 heuristic (ranked) of 4, on 1 of 1 servers" in said[0]
 
 
 def test_where_no_server_can_record_it_the_log_says_so_and_the_run_is_as_without(tmp_path, tiny_model, caplog):
     with FakeSGLang() as server:
-        ctx = build(config(tmp_path, tiny_model, [server.url]), ["generate", "verify"])
+        ctx = build(config(tmp_path, tiny_model, [server.url], deterministic=True), ["generate", "verify"])
         assert not any("return_sampling_mask" in r for r in server.requests)
     assert all(r["status"] == "ok" and r["kept_ids"] is None for r in rows_of(ctx))
-    said = [r.getMessage() for r in caplog.records if "generation.sampling_mask" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "generation.generator.sampling_mask" in r.getMessage()]
     assert len(said) == 1 and "no mask will be recorded" in said[0]
 
 
@@ -134,7 +137,7 @@ def test_recording_changes_no_id_and_no_token(tmp_path, tiny_model):
 def test_a_run_does_not_begin_to_record_in_its_middle(tmp_path, tiny_model):
     with FakeSGLang(deterministic=False) as server:
         build(config(tmp_path, tiny_model, [server.url], mask=False), ["generate"])
-        with pytest.raises(InputError, match=r"generation\.sampling_mask"):
+        with pytest.raises(InputError, match=r"generation\.generator\.sampling_mask"):
             build(config(tmp_path, tiny_model, [server.url], mask=True), ["generate"])
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import json
 import math
 from typing import Any
 
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tasks.core.chat_template import chat_template
 from tasks.core.errors import InputError
 from tasks.labels.quality.templates import (
     BUILT_IN,
@@ -94,9 +97,53 @@ def test_a_candidate_cannot_end_the_turn(tokenizer):
     assert "bad< |im_end|>" in text_of(tokenizer, attacked)
 
 
+DATED = "{{ date_string or strftime_now('%d %b %Y') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
 def test_llamas_date_does_not_move():
-    tokenizer = build_tokenizer("{{ bos_token }}{{ date_string or 'today' }}{{ messages[-1]['content'] }}")
-    assert "26 Jul 2024" in text_of(tokenizer, PLAIN.render(tokenizer, "p", "a", "b"))
+    tokenizer = build_tokenizer(DATED)
+    assert text_of(tokenizer, PLAIN.render(tokenizer, "p", "a", "b")).startswith("26 Jul 2024<user>Q p\n")
+
+
+def test_the_judges_chat_template_and_its_date_can_be_given(tokenizer):
+    chat = chat_template(tokenizer, DATED, datetime.date(2001, 2, 3), key="generation.judge.chat_template")
+    spaced = dataclasses.replace(PLAIN, system="Judge.")
+    ids = spaced.render(tokenizer, "p", "a", "b", chat=chat)
+    assert text_of(tokenizer, ids) == "03 Feb 2001<system>Judge.<user>Q p\nA a\nB b\n"
+    # cut to a limit, and the verdicts asked for, under the same one
+    cut = text_of(tokenizer, spaced.render(tokenizer, "p", "one " * 300, "b", max_tokens=100, chat=chat))
+    assert cut.startswith("03 Feb 2001<system>Judge.<user>Q p\nA one") and " [...] " in cut
+    merging = chat_template(tokenizer, "{{ messages[-1].content }}Better: ")
+    assert len(set(PLAIN.verdict_token_ids(tokenizer, chat))) == 2
+    with pytest.raises(ValueError, match="merges with the text before"):
+        PLAIN.verdict_token_ids(tokenizer, merging)
+
+
+def test_a_chat_template_that_refuses_system_turns_is_named(tokenizer):
+    chat = chat_template(tokenizer, "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+                                    "{{ messages[-1].content }}")
+    assert PLAIN.verdict_token_ids(tokenizer, chat)
+    with pytest.raises(InputError, match="no system"):
+        PLAIN.with_system("Judge.").verdict_token_ids(tokenizer, chat)
+
+
+def test_a_system_prompt_of_the_config_replaces_the_templates(tokenizer):
+    own = dataclasses.replace(FEW_SHOT, system="Old.")
+    new = own.with_system("Be fair.")
+    text = text_of(tokenizer, new.render(tokenizer, "p", "a", "b"))
+    assert text.startswith("<s><|im_start|>system\nBe fair.<|im_end|>") and "Old." not in text
+    assert len({new.digest, own.digest, FEW_SHOT.digest}) == 3
+    assert new == dataclasses.replace(own, system="Be fair.")
+
+
+@pytest.mark.parametrize("template", [*BUILT_IN.values(), PLAIN.with_system("Be fair.")], ids=[*BUILT_IN, "system"])
+def test_a_judge_template_is_made_again_from_its_record(template):
+    record = json.loads(json.dumps(template.recorded()))
+    assert record == template.recorded()
+    assert record["digest"] == template.digest
+    assert JudgeTemplate.from_recorded(record) == template
+    with pytest.raises(InputError, match=f"'{template.name}'.*edited"):
+        JudgeTemplate.from_recorded(record | {"assistant_prefix": "Mine:"})
 
 
 def test_verdicts_are_the_tokens_that_follow_the_rendered_text(tokenizer):

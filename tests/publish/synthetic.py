@@ -17,6 +17,7 @@ from tasks.core.identity import prompt_id
 from tasks.core.store import Store
 from tasks.publish.score import Moments, score_shard
 from tasks.stage import shard_file
+from tests.asked import generation
 from tests.plain_ids import candidate_id, request_seed
 
 Row = dict[str, Any]
@@ -46,7 +47,7 @@ def make_run(folder: Path, *, heuristics: int = 12, prompts: int = 12, seeds: in
             {"name": "chat", "path": "c.jsonl"},
         ],
         "heuristics": {"files": ["h.yaml"]}, "seeds": list(range(seeds)), "labels": list(labels),
-        "generation": {"max_new_tokens": 64}, "engine": {"shard_prompts": -(-prompts // shards)},
+        "generation": {"generator": {"max_new_tokens": 64}}, "engine": {"shard_prompts": -(-prompts // shards)},
     })
     chosen = some_heuristics(heuristics)
     store = Store(config.url)
@@ -59,6 +60,9 @@ def make_run(folder: Path, *, heuristics: int = 12, prompts: int = 12, seeds: in
                                    "info": {"version": "0.5.23", "dtype": "float32", "model_path": "/home/me/tiny"}},
                                   {"url": "http://127.0.0.1:4", "max_in_flight": None}],
                     "judge": [{"url": "http://127.0.0.1:3", "max_in_flight": 8, "honours_seeds": True}]},
+        "generation": {"generator": generation(max_new_tokens=64).recorded()},
+        "templates": {"generator": {"digest": "0a1b", "origin": "tokenizer", "stamps_date": True, "date": "2024-07-26",
+                                    "system_prompt": None}},
         "versions": {"winnow": "0.1.0", "python": "3.11.9", "sglang": "0.5.23"},
     })
     writer = _Writer(store, config, chosen, np.random.default_rng(seed), failures)

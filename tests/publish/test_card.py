@@ -110,10 +110,29 @@ def test_failures_before_repair_attempts_and_cut_answers_are_on_the_card(data: d
 def test_recorded_masks_are_a_known_limit_where_they_are_recorded(tmp_path: Path, text: str) -> None:
     ctx = make_run(tmp_path, prompts=3, shards=1, heuristics=3)
     raw = json.loads(Path(ctx.store.path("run.json")).read_text())
-    raw["config"]["generation"]["sampling_mask"] = True
+    raw["config"]["generation"]["generator"]["sampling_mask"] = True
     ctx.store.write_json("run.json", raw)
     assert "recorded for native top_k only" in card(Context(ctx.url), gather(ctx), {"train": 1})
     assert "recorded for native top_k only" not in text
+
+
+def test_servers_that_were_not_what_was_asked_for_are_a_known_limit(tmp_path: Path, text: str) -> None:
+    ctx = make_run(tmp_path, prompts=3, shards=1, heuristics=3)
+    raw = json.loads(Path(ctx.store.path("run.json")).read_text())
+    for server in raw["servers"]["generator"][:2]:
+        server["mismatch"] = [{"field": "dtype", "asked": "float32", "found": "bfloat16"}]
+    raw["servers_differ"] = {"generator": ["version: 0.5.23 at http://a; 0.5.22 at http://b"]}
+    ctx.store.write_json("run.json", raw)
+    found = card(Context(ctx.url), gather(ctx), {"train": 1})
+    assert "a generator server was used with dtype bfloat16, the run asked for float32 (2 of them)." in found
+    assert "Servers of one role were unlike in 1 settings" in found and "http://a" not in found
+    assert "the run asked for" not in text and "unlike" not in text
+
+
+def test_what_every_request_said_is_on_the_card_with_its_origin(text: str) -> None:
+    assert "| max_new_tokens | 64 | config |" in text
+    assert "| repetition_penalty | 1.0 | default |" in text
+    assert "Chat template `0a1b` (tokenizer, told the date 2024-07-26 whatever the day)" in text
 
 
 def test_names_cannot_become_html_and_addresses_stay_private(text: str) -> None:

@@ -197,13 +197,13 @@ def test_the_servers_own_words_are_in_the_failure_whatever_their_shape(body, sai
 def test_nobody_there_is_unreachable():
     async def work(client: SGLangClient) -> list[str]:
         kinds = []
-        for asks in (lambda: client.generate(b"{}", 2), client.facts, client.model_path, client.load):
+        for asks in (lambda: client.generate(b"{}", 2), client.facts, client.load):
             with pytest.raises(RequestFailed) as caught:
                 await asks()
             kinds.append(caught.value.kind)
         return kinds
 
-    assert with_client(dead_url(), work) == ["unreachable"] * 4
+    assert with_client(dead_url(), work) == ["unreachable"] * 3
 
 
 # --- what a server says of itself ---

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.core.config import Generation
 from tasks.core.heuristics import Heuristic, Processor, expand
 from tasks.serving.client import ServerFacts
 from tasks.serving.compile import Template, compile_heuristic, largest_mask, recording
 from tasks.serving.logit_processor import decode_steps
+from tests.asked import generation
 
 T, K, P, M = (Processor("temperature", 0.7), Processor("top_k", 20), Processor("top_p", 0.9), Processor("min_p", 0.1))
 
@@ -21,7 +21,7 @@ def of(*processors: Processor) -> Heuristic:
 
 @pytest.mark.parametrize(("processors", "native"), [
     ((), (1.0, -1, 1.0, 0.0)), ((T,), (0.7, -1, 1.0, 0.0)), ((T, K), (0.7, 20, 1.0, 0.0)), ((K, T), (0.7, 20, 1.0, 0.0)),
-    ((T, P), (0.7, -1, 0.9, 0.0)), ((T, M), (0.7, -1, 1.0, 0.1)), ((P,), (1.0, -1, 0.9, 0.0)),
+    ((Processor("temperature", 0.0),), (0.0, -1, 1.0, 0.0)), ((T, P), (0.7, -1, 0.9, 0.0)), ((T, M), (0.7, -1, 1.0, 0.1)), ((P,), (1.0, -1, 0.9, 0.0)),
 ])
 def test_one_cut_after_the_temperature_is_native_where_seeds_are_ignored(processors, native):
     made = compile_heuristic(of(*processors), honours_seeds=False)
@@ -42,14 +42,15 @@ def test_what_the_engine_would_change_goes_to_the_processor_in_order(processors)
 
 
 processors = st.lists(st.sampled_from(
-    [T, K, P, M, Processor("eta", 1e-3), Processor("typical", 0.9), Processor("epsilon", 1e-3)]), max_size=4)
+    [T, K, P, M, Processor("temperature", 0.0), Processor("eta", 1e-3), Processor("typical", 0.9), Processor("epsilon", 1e-3)]), max_size=4)
 
 
 @given(processors, st.booleans())
 def test_no_request_kills_a_server_or_depends_on_its_batch(chain, honours_seeds):
     made = compile_heuristic(of(*chain), honours_seeds)
-    params = made.sampling_params(Generation(max_new_tokens=5), 42)
-    cuts = (params["top_k"], params["top_p"], params["min_p"]) != (-1, 1.0, 0.0)
+    params = made.sampling_params(generation(max_new_tokens=5), 42)
+    # to the engine a temperature of 0 is a top_k of 1
+    cuts = params["temperature"] == 0 or (params["top_k"], params["top_p"], params["min_p"]) != (-1, 1.0, 0.0)
     if honours_seeds:
         assert not cuts
     if cuts:
@@ -60,7 +61,7 @@ def test_no_request_kills_a_server_or_depends_on_its_batch(chain, honours_seeds)
 @given(processors, st.booleans())
 def test_every_sampling_field_is_explicit(chain, honours_seeds):
     params = compile_heuristic(of(*chain), honours_seeds).sampling_params(
-        Generation(max_new_tokens=9, min_new_tokens=2, stop=["END"]), 7)
+        generation(max_new_tokens=9, min_new_tokens=2, stop=["END"]), 7)
     assert set(params) - {"custom_params"} == {
         "temperature", "top_k", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
         "max_new_tokens", "min_new_tokens", "stop", "stop_token_ids", "ignore_eos", "n", "skip_special_tokens",
@@ -99,7 +100,7 @@ def top_k(k: int) -> Processor:
 @pytest.mark.parametrize(("processors", "largest", "masked"), [
     ((T, K), 4096, True), ((K, T), 4096, True), ((T, top_k(1)), 4096, True), ((T, top_k(4096)), 4096, True),
     ((T, top_k(4097)), 4096, False), ((T, K), 19, False), ((T, top_k(1)), 0, False), ((T, K), 0, False),
-    ((T,), 4096, False), ((T, P), 4096, False), ((T, M), 4096, False), ((T, K, P), 4096, False),
+    ((Processor("temperature", 0.0),), 4096, True), ((Processor("temperature", 0.0),), 0, False), ((T,), 4096, False), ((T, P), 4096, False), ((T, M), 4096, False), ((T, K, P), 4096, False),
 ])
 def test_a_mask_can_be_had_of_a_native_top_k_within_the_servers_limit(processors, largest, masked):
     assert compile_heuristic(of(*processors), honours_seeds=False).masked(largest) is masked
@@ -108,12 +109,12 @@ def test_a_mask_can_be_had_of_a_native_top_k_within_the_servers_limit(processors
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_body_asks_for_the_mask_only_where_it_shall(masked):
-    template = Template(compile_heuristic(of(T, K), honours_seeds=False), Generation(max_new_tokens=5), masked)
+    template = Template(compile_heuristic(of(T, K), honours_seeds=False), generation(max_new_tokens=5), masked)
     body = json.loads(template.body("[1, 2]", "r", 7))
     assert body.pop("return_sampling_mask", False) is masked
     assert body == {"input_ids": [1, 2], "rid": "r", "return_logprob": True, "logprob_start_len": -1,
                     "top_logprobs_num": 0, "stream": False,
-                    "sampling_params": template.compiled.sampling_params(Generation(max_new_tokens=5), 7)}
+                    "sampling_params": template.compiled.sampling_params(generation(max_new_tokens=5), 7)}
 
 
 def test_the_log_says_which_heuristics_are_recorded_and_where():

@@ -1,55 +1,24 @@
-"""The launcher against a stand-in server: a small HTTP server in a process of its own, started as SGLang is."""
+"""The launcher against a stand-in server: started, awaited, recorded, refused, stopped."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import http.server
 import os
-import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
-import psutil
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tasks.serving import launcher
-from tasks.serving.launcher import LaunchFailed, LaunchSpec, ServerRecord
-
-ROOT = Path(launcher.__file__).resolve().parents[2]
-FAKE = '''
-import json, os, subprocess, sys, time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-options = dict(a.lstrip("-").partition("=")[::2] for a in sys.argv[1:])
-mode, port = options["model-path"].rpartition("/")[2], int(options["port"])
-print("server_args=" + "x" * 1000, flush=True)
-if mode == "oom":
-    print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", flush=True); sys.exit(1)
-if mode == "clash" and not os.path.exists("clashed"):
-    open("clashed", "w").close()
-    print("[Errno 98] error while attempting to bind: address already in use", flush=True); sys.exit(1)
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # a worker, as SGLang has
-began = time.monotonic()
-
-class Handler(BaseHTTPRequestHandler):
-    def answer(self, code, body=b"{}"):
-        self.send_response(code); self.send_header("Content-Length", str(len(body))); self.end_headers()
-        self.wfile.write(body)
-    def do_GET(self):
-        loading = mode == "never" or time.monotonic() - began < 0.5
-        self.answer(503 if loading else 200)
-    def do_POST(self):
-        asked = self.rfile.read(int(self.headers["Content-Length"]))
-        print("asked", asked.decode(), flush=True)
-        self.answer(200)
-    def log_message(self, *a): pass
-print("loading weights", flush=True)
-ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
-'''
+from tasks.serving import launcher, processes
+from tasks.serving.launcher import LaunchFailed, LaunchSpec
+from tests.serving.stand_in import ROOT, alive, builder, spec, starter, tree
 
 
 @pytest.fixture
@@ -59,128 +28,12 @@ def state(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     yield folder
     for record in launcher.running(folder):
-        launcher.stop(record, 1)
+        launcher.stop(record, 0)
 
 
 @pytest.fixture
 def build(tmp_path: Path) -> launcher.Command:
-    script = tmp_path / "fake.py"
-    script.write_text(FAKE)
-
-    def command(spec: LaunchSpec, port: int) -> list[str]:
-        return [sys.executable, str(script), f"--model-path={spec.model}", f"--port={port}"]
-
-    return command
-
-
-def spec(mode: str = "good", **changes: object) -> LaunchSpec:
-    return dataclasses.replace(LaunchSpec(model=mode, device="cpu", ready_timeout_s=20), **changes)  # type: ignore
-
-
-def tree(record: ServerRecord) -> list[int]:
-    root = psutil.Process(record.pid)
-    return [p.pid for p in [root, *root.children(recursive=True)]]
-
-
-def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not condition():
-        time.sleep(0.02)
-    return condition()
-
-
-# --- what is asked for, as a command line ---
-
-
-def flags(argv: list[str]) -> dict[str, str | None]:
-    out: dict[str, str | None] = {}
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            assert name not in out, f"{name} twice"
-            out[name] = value if equals else None
-    return out
-
-
-def test_a_gpu_server_gets_its_flags() -> None:
-    asked = LaunchSpec(model="org/name", gpu=3, dtype="bfloat16", revision="abc", context_length=4096,
-                       mem_fraction=0.8, python="/py", flags={"tp_size": 2, "skip-server-warmup": True, "x": False})
-    argv = launcher.command(asked, 30001)
-    assert argv[:4] == ["/py", "-P", "-m", "sglang.launch_server"]
-    assert flags(argv) == {
-        "--model-path": "org/name", "--revision": "abc", "--host": "127.0.0.1", "--port": "30001",
-        "--device": "cuda", "--base-gpu-id": "3", "--dtype": "bfloat16", "--context-length": "4096",
-        "--mem-fraction-static": "0.8", "--sampling-backend": "pytorch", "--enable-deterministic-inference": None,
-        "--enable-custom-logit-processor": None, "--enable-metrics": None, "--tp-size": "2",
-        "--skip-server-warmup": None}
-
-
-def test_a_cpu_server_gets_what_a_cpu_needs(tmp_path: Path) -> None:
-    asked = LaunchSpec(model=str(tmp_path), device="cpu", threads=2, python="/py")
-    argv = launcher.command(asked, 1)
-    assert argv[1].endswith("sglang_cpu/launch.py")
-    got = flags(argv)
-    assert got["--attention-backend"] == "torch_native" and got["--model-path"] == str(tmp_path)
-    environment = launcher.environment(asked)
-    assert environment["OMP_NUM_THREADS"] == "2" and environment["KMP_BLOCKTIME"] == "0"
-    assert environment["HF_HUB_OFFLINE"] == "1"
-    assert "HF_HUB_OFFLINE" not in launcher.environment(dataclasses.replace(asked, model="org/name"))
-
-
-@given(st.dictionaries(st.sampled_from(["dtype", "mem-fraction-static", "mem_fraction_static", "sampling_backend",
-                                        "attention-backend", "tp-size", "enable_metrics"]),
-                       st.one_of(st.booleans(), st.integers(0, 9), st.sampled_from(["a", "-1"]))),
-       st.sampled_from(["cpu", "cuda"]), st.booleans(), st.none() | st.floats(0.1, 0.9))
-def test_no_flag_stands_twice_and_the_users_wins(extra: dict[str, bool | int | str], device: str, seeds: bool,
-                                                 fraction: float | None) -> None:
-    asked = LaunchSpec(model="org/name", device=device, deterministic=seeds, mem_fraction=fraction,  # type: ignore
-                       python="/py", flags=extra)
-    got = flags(launcher.command(asked, 1))
-    for name, value in {n.replace("_", "-"): v for n, v in extra.items()}.items():
-        assert (got.get(f"--{name}", "off") == ("off" if value is False else None if value is True else str(value)))
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.5", "::", "some.name"])
-def test_custom_processors_on_a_public_address_need_a_yes(host: str) -> None:
-    asked = LaunchSpec(model="org/name", host=host, python="/py")
-    with pytest.raises(LaunchFailed, match="allow_public"):
-        launcher.command(asked, 1)
-    assert flags(launcher.command(dataclasses.replace(asked, allow_public=True), 1))["--host"] == host
-    launcher.command(dataclasses.replace(asked, custom_processors=False), 1)
-
-
-@pytest.mark.parametrize("name", ["host", "--host", "hos", "port", "model", "model_path",
-                                  "enable_custom_logit_processor", "enable-custom"])
-def test_flags_cannot_go_around_a_key_of_the_config(name: str) -> None:
-    with pytest.raises(LaunchFailed, match="key of its own"):
-        launcher.command(LaunchSpec(model="org/name", python="/py", flags={name: "0.0.0.0"}), 1)
-
-
-def test_a_model_folder_that_is_not_there_is_named() -> None:
-    with pytest.raises(LaunchFailed, match=r"no folder .*nowhere"):
-        launcher.command(LaunchSpec(model="./nowhere", python="/py"), 1)
-
-
-def test_without_sglang_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("tasks.serving.launch_spec.ROOT", tmp_path)
-    with pytest.raises(LaunchFailed, match="make install-sglang"):
-        launcher.interpreter(LaunchSpec(model="org/name"))
-
-
-def test_the_digest_tells_settings_apart_and_not_ports() -> None:
-    base = LaunchSpec(model="org/name")
-    assert dataclasses.replace(base, port=5, ready_timeout_s=1).digest == base.digest
-    others = [dataclasses.replace(base, **{k: v}) for k, v in
-              {"model": "b", "dtype": "float32", "gpu": 1, "role": "judge", "flags": {"x": 1}}.items()]
-    assert len({base.digest, *(o.digest for o in others)}) == 6
-
-
-# --- life and death ---
+    return builder(tmp_path)
 
 
 def test_a_server_is_started_awaited_recorded_and_stopped(state: Path, build: launcher.Command) -> None:
@@ -188,10 +41,12 @@ def test_a_server_is_started_awaited_recorded_and_stopped(state: Path, build: la
     record = launcher.start(spec(), state, leashed=True, on_wait=lambda s, line: seen.append(line), build=build)
     assert "loading weights" in seen
     assert launcher.running(state) == [record]
-    assert record.spec["model"] == "good" and record.spec_digest == spec().digest
+    assert record.ready and record.owner == processes.identify(os.getpid())
+    assert launcher.spec_of(record) == spec() and record.spec_digest == spec().digest
     assert "sampling_seed" in Path(record.log).read_text()  # the warm-up went through the sampler
     pids = tree(record)
     assert len(pids) == 3  # leash, server, worker
+    assert sorted(p.pid for p in record.processes) == pids and record.pid == record.processes[0].pid
     assert launcher.stop(record, 2) is True
     assert not any(alive(pid) for pid in pids)
     assert launcher.running(state) == [] and not list(state.glob("*.json"))
@@ -200,12 +55,10 @@ def test_a_server_is_started_awaited_recorded_and_stopped(state: Path, build: la
 
 
 def test_servers_start_together_on_ports_of_their_own(state: Path, build: launcher.Command) -> None:
-    began = time.monotonic()
     records = launcher.start_all([spec(), spec(role="judge"), spec("other")], state, leashed=True, build=build)
     assert len({r.url for r in records}) == 3
     assert [(r.role, r.spec["model"]) for r in records] == [("generator", "good"), ("judge", "good"),
                                                             ("generator", "other")]
-    assert time.monotonic() - began < 10
 
 
 def test_one_that_fails_takes_the_others_down(state: Path, build: launcher.Command) -> None:
@@ -218,6 +71,24 @@ def test_one_that_fails_takes_the_others_down(state: Path, build: launcher.Comma
     assert launcher.running(state) == []
 
 
+@pytest.mark.parametrize("leashed", [True, False])
+def test_a_server_that_is_killed_while_it_starts_is_said_to_lack_memory(state: Path, build: launcher.Command,
+                                                                        leashed: bool) -> None:
+    with pytest.raises(LaunchFailed, match=r"ended with code (-9|137) before it was ready: it was killed.*memory"):
+        launcher.start(spec("killed"), state, leashed=leashed, build=build)
+
+
+def test_a_command_line_that_is_refused_stops_all_before_any_starts(state: Path, build: launcher.Command) -> None:
+    def choosy(asked: LaunchSpec, port: int) -> list[str]:
+        if asked.role == "judge":
+            raise LaunchFailed("launch.flags: no")
+        return build(asked, port)
+
+    with pytest.raises(LaunchFailed, match=r"launch\.flags: no"):
+        launcher.start_all([spec(), spec(role="judge")], state, leashed=True, build=choosy)
+    assert list(state.iterdir()) == []
+
+
 def test_a_server_that_never_answers_fails_at_its_deadline(state: Path, build: launcher.Command) -> None:
     began = time.monotonic()
     with pytest.raises(LaunchFailed, match="not ready after 1 s"):
@@ -226,81 +97,131 @@ def test_a_server_that_never_answers_fails_at_its_deadline(state: Path, build: l
     assert launcher.running(state) == []
 
 
-def test_a_port_taken_meanwhile_is_exchanged_for_another(state: Path, build: launcher.Command) -> None:
-    record = launcher.start(spec("clash"), state, leashed=True, build=build)
-    assert launcher.running(state) == [record]
-    assert len(list(state.glob("*.log"))) == 2
+@pytest.mark.parametrize("leashed", [True, False])
+def test_an_interpreter_that_is_not_there_is_said(state: Path, leashed: bool) -> None:
+    with pytest.raises(LaunchFailed, match=r"check launch\.python"):
+        launcher.start(spec(), state, leashed=leashed, build=lambda spec, port: ["/no/such/python", "-c", "1"])
+    assert not list(state.glob("*.json"))
+
+
+def test_a_server_whose_record_cannot_be_written_is_not_left_behind(state: Path, build: launcher.Command,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, written = launcher.records.write, []
+
+    def full(record: launcher.ServerRecord) -> None:
+        if record.processes:
+            written.append(record)
+            raise OSError(28, "No space left on device")
+        whole(record)
+
+    monkeypatch.setattr(launcher.records, "write", full)
+    with pytest.raises(LaunchFailed, match="No space left on device"):
+        launcher.start(spec(), state, leashed=False, build=build)
+    assert not alive(written[0].processes[0].pid)
+    assert not list(state.glob("*.json"))
+
+
+# --- ports ---
 
 
 def test_a_port_that_is_taken_is_said_before_anything_starts(state: Path, build: launcher.Command) -> None:
     record = launcher.start(spec(), state, leashed=True, build=build)
-    port = int(record.url.rpartition(":")[2])
-    with pytest.raises(LaunchFailed, match=f"launch.port: cannot listen on 127.0.0.1:{port}"):
-        launcher.start(spec("other", port=port), state, leashed=True, build=build)
+    with pytest.raises(LaunchFailed, match=rf"launch\.port: cannot listen on 127\.0\.0\.1:{record.port}"):
+        launcher.start(spec("other", port=record.port), state, leashed=True, build=build)
     assert launcher.running(state) == [record]
 
 
-def test_an_unleashed_server_outlives_its_starter_and_is_found_again(state: Path, build: launcher.Command,
-                                                                     tmp_path: Path) -> None:
-    code = f"""
-import sys
-from pathlib import Path
-from tasks.serving import launcher
-def build(spec, port): return [sys.executable, {str(tmp_path / 'fake.py')!r}, "--model-path=good", f"--port={{port}}"]
-spec = launcher.LaunchSpec(model="good", device="cpu", ready_timeout_s=20)
-launcher.start(spec, Path({str(state)!r}), leashed=False, build=build)
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    found = launcher.find_reusable(spec(), state)
-    assert found is not None and alive(found.pid) and not found.leashed
-    assert launcher.find_reusable(spec(dtype="float32"), state) is None
-    pids = tree(found)
-    assert launcher.stop(found, 2) is True
-    assert not any(alive(pid) for pid in pids)
+class _Stranger(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
 
 
-def test_kill_nine_of_the_starter_ends_its_leashed_servers(state: Path, build: launcher.Command,
-                                                           tmp_path: Path) -> None:
-    code = f"""
-import sys, time
-from pathlib import Path
-from tasks.serving import launcher
-def build(spec, port): return [sys.executable, {str(tmp_path / 'fake.py')!r}, "--model-path=good", f"--port={{port}}"]
-spec = launcher.LaunchSpec(model="good", device="cpu", ready_timeout_s=20)
-launcher.start(spec, Path({str(state)!r}), leashed=True, build=build)
-time.sleep(600)
-"""
-    starter = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    assert within(15, lambda: any("asked" in log.read_text() for log in state.glob("*.log")))
-    pids = tree(launcher.running(state)[0])
-    assert launcher.find_reusable(spec(), state) is None  # it may end at any moment, with its starter
-    starter.kill()
-    starter.wait()
-    assert within(10, lambda: not any(alive(pid) for pid in pids))
-    assert launcher.running(state) == []
+def test_whoever_else_answers_on_the_port_is_not_taken_for_the_server(state: Path, build: launcher.Command,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    stranger = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Stranger)
+    threading.Thread(target=stranger.serve_forever, args=(0.02,), daemon=True).start()
+    free, given = launcher._ports, iter([stranger.server_port])
+    monkeypatch.setattr(launcher, "_ports", lambda specs: [port] if (port := next(given, None)) else free(specs))
+
+    def loading(asked: LaunchSpec, port: int) -> list[str]:  # on the stranger's port it does not get to listen
+        return build(dataclasses.replace(asked, model="late") if port == stranger.server_port else asked, port)
+
+    try:
+        record = launcher.start(spec(), state, leashed=True, build=loading)
+        assert record.port != stranger.server_port
+        assert launcher.running(state) == [record] and len(list(state.glob("*.log"))) == 2
+    finally:
+        stranger.shutdown()
+        stranger.server_close()
+
+
+def test_two_runs_that_choose_one_port_at_once_get_two_servers(state: Path) -> None:
+    port = launcher._ports([spec()])[0]
+    both = [starter(state, leashed=True, port=port) for _ in range(2)]
+    try:
+        urls = {p.stdout.readline().strip() for p in both if p.stdout}
+        assert len(urls) == 2 and f"http://127.0.0.1:{port}" in urls
+        records = launcher.running(state)
+        assert {r.url for r in records} == urls and len(list(state.glob("*.json"))) == 2
+        assert {r.owner.pid for r in records} == {p.pid for p in both}
+    finally:
+        for p in both:
+            p.kill()
+            p.communicate()
+
+
+def test_a_port_that_was_lost_costs_who_has_it_nothing(state: Path, build: launcher.Command,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    now = datetime.now(UTC)
+    monkeypatch.setattr(launcher, "datetime", SimpleNamespace(now=lambda zone: now))  # both in one second
+    first = launcher.start(spec(), state, leashed=False, build=build)
+    free, given = launcher._ports, iter([first.port])
+    monkeypatch.setattr(launcher, "_ports", lambda specs: [port] if (port := next(given, None)) else free(specs))
+    second = launcher.start(spec(), state, leashed=False, build=build)
+    assert {r.id: r for r in launcher.running(state)} == {first.id: first, second.id: second}
+    assert "in use" not in Path(first.log).read_text()
+
+
+# --- stopping what was started, and nothing else ---
 
 
 def test_a_reused_pid_is_never_stopped(state: Path, build: launcher.Command) -> None:
     stranger = subprocess.Popen(["sleep", "600"])
     try:
         real = launcher.start(spec(), state, leashed=True, build=build)
-        stale = dataclasses.replace(real, pid=stranger.pid, create_time=real.create_time - 3600)
+        its = processes.identify(stranger.pid)
+        earlier = dataclasses.replace(its, created=its.created - 0.01)
+        stale = dataclasses.replace(real, id="0" * 16, processes=(earlier,), log=str(state / "stale.log"))
         assert launcher.stop(stale) is False
         assert stranger.poll() is None
         assert launcher.running(state) == [real]  # nor is another server's record taken away
+        assert launcher.stop(dataclasses.replace(stale, processes=(its,)), 1) is True
+        assert stranger.poll() is not None  # it was the time of its start that kept it alive
     finally:
         stranger.kill()
         stranger.wait()
 
 
-def test_a_server_that_died_is_not_reused(state: Path, build: launcher.Command) -> None:
+def test_who_stops_a_server_from_within_its_environment_lives_on(state: Path, build: launcher.Command) -> None:
     record = launcher.start(spec(), state, leashed=False, build=build)
-    os.kill(record.pid, signal.SIGKILL)
-    assert within(5, lambda: launcher.running(state) == [])
-    assert launcher.find_reusable(spec(), state) is None
-
-
-def test_a_torn_or_foreign_record_is_passed_over(state: Path) -> None:
-    (state / "generator-1.json").write_text('{"role": "gener')
-    (state / "generator-2.json").write_text(json.dumps({"pid": 1}))
+    code = ("import sys; from pathlib import Path; from tasks.serving import launcher\n"
+            "print([launcher.stop(r, 1) for r in launcher.running(Path(sys.argv[1]))])")
+    done = subprocess.run([sys.executable, "-c", code, str(state)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | processes.marked(record.id))
+    assert done.stdout == "[True]\n" and done.returncode == 0, done.stderr
     assert launcher.running(state) == []
+
+
+def test_what_will_not_end_is_killed_after_the_grace_time(state: Path, build: launcher.Command) -> None:
+    record = launcher.start(spec("stubborn"), state, leashed=False, build=build)
+    pids = tree(record)
+    began = time.monotonic()
+    assert launcher.stop(record, 0.5) is True
+    assert 0.4 < time.monotonic() - began < 5
+    assert not any(alive(pid) for pid in pids)
+    assert "asked to end" in Path(record.log).read_text()

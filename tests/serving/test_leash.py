@@ -154,10 +154,19 @@ def test_a_leash_killed_itself_takes_the_command_along(tmp_path: Path) -> None:
     held.stop(1)
 
 
-def test_a_missing_command_is_said_in_one_line(tmp_path: Path) -> None:
-    held = start_leashed(["/no/such/program"], env=dict(os.environ), log_path=tmp_path / "log")
+def test_the_cry_of_a_worker_that_lost_its_parent_ends_the_command_in_order(tmp_path: Path, family: list[str]) -> None:
+    held = start_leashed(family, env=dict(os.environ), log_path=tmp_path / "log")
+    pids = [read_pid(tmp_path / name) for name in ("child", "grandchild")]
+    os.kill(held.pid, signal.SIGQUIT)  # what SGLang's workers send to their parent when they fail
+    assert within(10, lambda: held.poll() is not None)
+    assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("command", ["/no/such/program", "/etc/passwd"])
+def test_a_command_that_cannot_be_run_is_said_in_one_line(tmp_path: Path, command: str) -> None:
+    held = start_leashed([command], env=dict(os.environ), log_path=tmp_path / "log")
     assert within(10, lambda: held.poll() == 127)
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert "leash: [Errno" in (tmp_path / "log").read_text() and "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_the_leash_imports_nothing_heavy() -> None:

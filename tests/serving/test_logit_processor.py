@@ -97,7 +97,7 @@ def test_several_rows_of_one_request_are_processed_alike() -> None:
         (["top_p", math.nan, 1], "(0, 1]"),
         (["top_p", None, 1], "(0, 1]"),
         (["top_p", [0.9], 1], "two numbers"),
-        (["temperature", 10**400, 1], "above 0"),
+        (["temperature", 10**400, 1], "0 or more"),
         (["top_p", 0.9, True], "min_tokens_to_keep"),
     ],
 )

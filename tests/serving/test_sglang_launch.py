@@ -16,12 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tasks.core.config import Generation
 from tasks.core.heuristics import Heuristic, Processor
 from tasks.serving import launcher
 from tasks.serving.compile import compile_heuristic
 from tasks.serving.launcher import LaunchSpec, ServerRecord
 from tasks.serving.sglang_cpu import ensure_demo_model
+from tests.asked import generation
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 ROOT = Path(launcher.__file__).resolve().parents[2]
@@ -65,7 +65,7 @@ def request(i: int, *chain: tuple[str, float], seed: int | None = None, max_new_
     drawn = rng.getrandbits(61)
     heuristic = Heuristic("h", tuple(Processor(n, v) for n, v in chain or (CUTS[i % len(CUTS)],)))
     compiled = compile_heuristic(heuristic, honours_seeds=True)
-    params = compiled.sampling_params(Generation(max_new_tokens=max_new_tokens), drawn if seed is None else seed)
+    params = compiled.sampling_params(generation(max_new_tokens=max_new_tokens), drawn if seed is None else seed)
     return {"input_ids": ids, "return_logprob": True, "sampling_params": params | {"ignore_eos": True},
             **({"custom_logit_processor": compiled.processor} if compiled.processor else {})}
 

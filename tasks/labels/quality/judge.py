@@ -10,17 +10,10 @@ from typing import Any
 
 from tasks.context import Context
 from tasks.core.identity import digest
-from tasks.labels.quality.templates import load_template, outcome
+from tasks.labels.quality.templates import JudgeTemplate, outcome
+from tasks.serving.compile import Compiled
 from tasks.serving.loop import gather_all
 from tasks.serving.request import Outcome
-
-# neutral and complete: nothing of the server's own defaults may reach a judgement
-_SAMPLING = {
-    "temperature": 1.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
-    "repetition_penalty": 1.0, "max_new_tokens": 1, "min_new_tokens": 0, "stop": [], "stop_token_ids": [],
-    "ignore_eos": True, "n": 1, "skip_special_tokens": True, "spaces_between_special_tokens": True,
-    "no_stop_trim": False, "sampling_seed": 0,
-}
 
 
 @dataclass(frozen=True)
@@ -32,15 +25,30 @@ class Verdict:
     reason: str | None
 
 
+def sampling_params(ctx: Context) -> dict[str, Any]:
+    """Every sampling field of a judgement: complete, so that nothing of the server's own defaults reaches it."""
+    judge = ctx.generation("judge")
+    own = Compiled(judge["temperature"], judge["top_k"], judge["top_p"], judge["min_p"])
+    return own.sampling_params(judge, judge["seed"])
+
+
+def template_of(ctx: Context) -> JudgeTemplate:
+    """The judge's template: the one that was recorded, with the role's system prompt where it has one."""
+    named, system = JudgeTemplate.from_recorded(ctx.judge_template), ctx.config.generation.judge.system_prompt
+    return named if system is None else named.with_system(system)
+
+
 class Judge:
     """Asks the judge servers; each (template, prompt, first, second) once per shard, also across restarts."""
 
     def __init__(self, ctx: Context, shard: int) -> None:
         self.ctx, self.pool = ctx, ctx.pool("judge")
         quality = ctx.config.quality
-        self.template = load_template(quality.template)
+        self.template = template_of(ctx)
+        self._chat = ctx.chat_template("judge")
         self._limit = quality.max_prompt_tokens
-        self._tokens = self.template.verdict_token_ids(ctx.judge_tokenizer)
+        self._tokens = self.template.verdict_token_ids(ctx.judge_tokenizer, self._chat)
+        self._sampling = sampling_params(ctx)
         self._journal = ctx.store.journal(f"quality/shard-{shard:04d}.jsonl")
         self._known = {r["key"]: Verdict(**r["verdict"]) for r in self._journal if r["verdict"]["first"] is not None}
 
@@ -50,8 +58,8 @@ class Judge:
         return first, second
 
     async def _ask(self, prompt: str, first: str, second: str) -> Verdict:
-        key = digest("judgement", self.ctx.config.judge_model.model_dump(), self.template.digest, self._limit,
-                     prompt, first, second)
+        key = digest("judgement", self.ctx.config.judge_model.model_dump(), self.template.digest, self._chat.digest,
+                     self._sampling, self._limit, prompt, first, second)
         if (known := self._known.get(key)) is None:
             known = await self._send(prompt, first, second)
             self._journal.append({"key": key, "verdict": asdict(known)})
@@ -61,9 +69,10 @@ class Judge:
         return known
 
     async def _send(self, prompt: str, first: str, second: str) -> Verdict:
-        ids = self.template.render(self.ctx.judge_tokenizer, prompt, first, second, max_tokens=self._limit)
+        ids = self.template.render(self.ctx.judge_tokenizer, prompt, first, second, max_tokens=self._limit,
+                                   chat=self._chat)
         sent = await self.pool.ask({
-            "input_ids": ids, "sampling_params": _SAMPLING, "return_logprob": True, "logprob_start_len": -1,
+            "input_ids": ids, "sampling_params": self._sampling, "return_logprob": True, "logprob_start_len": -1,
             "top_logprobs_num": 0, "token_ids_logprob": list(self._tokens), "stream": False,
         })
         return self._read(sent)

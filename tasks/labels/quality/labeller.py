@@ -18,9 +18,8 @@ from tasks.core.identity import digest
 from tasks.generation.prompts import read_shard
 from tasks.labels.base import Labeller, groups
 from tasks.labels.quality import bradley_terry
-from tasks.labels.quality.judge import Judge, Verdict
+from tasks.labels.quality.judge import Judge, Verdict, sampling_params, template_of
 from tasks.labels.quality.swiss import Swiss
-from tasks.labels.quality.templates import load_template
 from tasks.serving.loop import gather_all
 from tasks.stage import shard_file
 
@@ -46,13 +45,14 @@ class QualityLabeller(Labeller):
     def settings(self, ctx: Context) -> Any:
         """Method, template, judge and the seed of the pairings."""
         quality = ctx.config.quality
-        return [quality.model_dump(exclude={"model", "template"}), load_template(quality.template).digest,
-                ctx.config.judge_model.model_dump(), ctx.config.run_seed]
+        return [quality.model_dump(exclude={"model", "template"}), template_of(ctx).digest,
+                ctx.chat_template("judge").digest, sampling_params(ctx), ctx.config.judge_model.model_dump(),
+                ctx.config.run_seed]
 
     def signatures(self, ctx: Context) -> dict[str, str]:
         """Judge, template and model of the ratings."""
         quality = ctx.config.quality
-        template = load_template(quality.template)
+        template = template_of(ctx)
         text = (f"bradley-terry|map:normal|prior_sd:{quality.prior_sd:g}|pairing:swiss+{quality.extra_rounds}|orders:2|"
                 f"judge:{ctx.config.judge_model.path}|template:{template.name}:{template.digest}")
         return {"rating": text, "rating_se": text}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tasks.core.chat_template import ChatTemplate, apply
 from tasks.core.errors import InputError, did_you_mean
 from tasks.core.identity import digest
 
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 PLACEHOLDERS = ("prompt", "a", "b")
 MARKER = " [...] "
 """Stands where a too long text was cut."""
-
-# Llama 3's chat template writes today's date into the system turn unless told one: the same judgement
-# would get another prompt tomorrow. This is the date that the template falls back to.
-CHAT_VARIABLES: dict[str, Any] = {"date_string": "26 Jul 2024"}
 
 MASKED = -1e30
 """Log-probabilities below this stand for probability 0 (servers report masked tokens as -3.4e38)."""
@@ -88,11 +85,32 @@ class JudgeTemplate:
         del content["name"]
         return digest("judge_template", content)
 
+    def with_system(self, text: str) -> JudgeTemplate:
+        """The same template with this system turn in place of its own."""
+        return dataclasses.replace(self, system=text)
+
+    def recorded(self) -> dict[str, Any]:
+        """As JSON, for `from_recorded`: the digest and every field."""
+        fields = dataclasses.asdict(self)
+        return {"digest": self.digest, **fields, "verdicts": list(self.verdicts), "examples": list(fields["examples"])}
+
+    @staticmethod
+    def from_recorded(raw: dict[str, Any], where: str = "run.json") -> JudgeTemplate:
+        """The template of `recorded`. Raises InputError when it is not that of the recorded digest."""
+        fields = {key: value for key, value in raw.items() if key != "digest"}
+        template = JudgeTemplate(**fields | {
+            "verdicts": tuple(raw["verdicts"]), "examples": tuple(Example(**example) for example in raw["examples"])})
+        if template.digest != raw["digest"]:
+            raise InputError(f"{where}: the recorded judge template '{template.name}' is not that of its digest "
+                             f"{raw['digest']}; it was edited: put it back")
+        return template
+
     def render(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: str, a: str, b: str, max_tokens: int | None = None
+        self, tokenizer: PreTrainedTokenizerBase, prompt: str, a: str, b: str, max_tokens: int | None = None,
+        chat: ChatTemplate | None = None,
     ) -> list[int]:
-        """Token ids of the request, ready to be sent as they are: the tokenizer's chat template, applied
-        once, with `assistant_prefix` at the end. Nothing is added around it, so there is no second BOS.
+        """Token ids of the request, ready to be sent as they are: the chat template, applied once, with
+        `assistant_prefix` at the end. Nothing is added around it, so there is no second BOS.
 
         The contents stay text: braces in them mean nothing, and the text of one of the tokenizer's special
         tokens (a candidate that says "<|im_end|>") gets a space inside and cannot end the turn.
@@ -102,36 +120,41 @@ class JudgeTemplate:
                 the template stays whole and each of the three keeps at most c tokens, c as large as fits:
                 head and tail of equal length (in characters) with " [...] " between them. A and B thus have
                 the same budget, and what is shorter than c is not cut.
+            chat: the chat template; None is the tokenizer's own, told the default date.
 
         Raises:
             ValueError: the template alone leaves no room for contents.
+            InputError: the chat template refuses the turns.
         """
         contents = [_defused(tokenizer, text) for text in (prompt, a, b)]
-        ids = self._encode(tokenizer, *contents)
+        ids = self._encode(tokenizer, chat, *contents)
         if max_tokens is None or len(ids) <= max_tokens:
             return ids
         lengths = [_length(tokenizer, text) for text in contents]
-        room = max_tokens - len(self._encode(tokenizer, "", "", ""))
+        room = max_tokens - len(self._encode(tokenizer, chat, "", "", ""))
         # Tokens can merge or split where texts meet, so what should fit may be a few tokens too long.
         cap = _equal_share(lengths, room)
         least = _length(tokenizer, MARKER) + 2
         while cap >= least:
             cut = [_cut(tokenizer, text, n, cap) for text, n in zip(contents, lengths, strict=True)]
-            ids = self._encode(tokenizer, *cut)
+            ids = self._encode(tokenizer, chat, *cut)
             if len(ids) <= max_tokens:
                 return ids
             cap -= 1
         raise ValueError(f"max_tokens: {max_tokens} leave {max(room, 0)} for prompt and answers beside judge "
                          f"template '{self.name}'; allow more, or take a shorter template")
 
-    def verdict_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    def verdict_token_ids(
+        self, tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None = None
+    ) -> tuple[int, int]:
         """The tokens of the two verdicts, as they come after `render`.
 
         Raises:
             ValueError: a verdict is not exactly one token there, or both are the same token.
+            InputError: the chat template refuses the turns.
         """
         where = f"judge template '{self.name}'"
-        before = self._text(tokenizer, "p", "a", "b")
+        before = self._text(tokenizer, chat, "p", "a", "b")
         head = _ids(tokenizer, before)
         found = []
         for verdict in self.verdicts:
@@ -148,20 +171,20 @@ class JudgeTemplate:
             raise ValueError(f"{where}: both verdicts are token {found[0]} in this tokenizer")
         return found[0], found[1]
 
-    def _encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str, a: str, b: str) -> list[int]:
-        return _ids(tokenizer, self._text(tokenizer, prompt, a, b))
+    def _encode(
+        self, tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None, prompt: str, a: str, b: str
+    ) -> list[int]:
+        return _ids(tokenizer, self._text(tokenizer, chat, prompt, a, b))
 
-    def _text(self, tokenizer: PreTrainedTokenizerBase, prompt: str, a: str, b: str) -> str:
+    def _text(
+        self, tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None, prompt: str, a: str, b: str
+    ) -> str:
         turns = [] if self.system is None else [{"role": "system", "content": self.system}]
         for example in self.examples:
             turns.append({"role": "user", "content": self._fill(example.prompt, example.a, example.b)})
             turns.append({"role": "assistant", "content": self.assistant_prefix + example.verdict})
         turns.append({"role": "user", "content": self._fill(prompt, a, b)})
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, **CHAT_VARIABLES
-        )
-        assert isinstance(text, str)
-        return text + self.assistant_prefix
+        return apply(tokenizer, [turns], chat)[0] + self.assistant_prefix
 
     def _fill(self, prompt: str, a: str, b: str) -> str:
         values = {"prompt": prompt, "a": a, "b": b}

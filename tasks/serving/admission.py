@@ -1,0 +1,81 @@
+"""May a server that comes up late, comes back or joins work for a run? Asked while the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tasks.core.config import RunConfig, ServerConfig
+from tasks.core.heuristics import Heuristic
+from tasks.serving import compile as compiling
+from tasks.serving.asked import asked_of
+from tasks.serving.client import ServerFacts
+from tasks.serving.guard import Difference, changed, differences
+from tasks.serving.launch_spec import LaunchSpec, from_launch
+from tasks.serving.same_model import same_model
+
+Recorded = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Role -> its servers, as `run.json` has them."""
+
+
+def refusal(config: RunConfig, heuristics: Iterable[Heuristic], recorded: Recorded, facts: ServerFacts,
+            roles: Sequence[str]) -> str | None:
+    """Why a server that answers can't work for all of the roles, or None.
+
+    It must be what its own entry of the config asks for. One without an entry joined, and must run as those that are
+    known of its role, or as the role's first entry asks while none is. `allow_mismatch` lets it in nevertheless, but
+    for what would be sampled another way without a word.
+    """
+    heuristics = list(heuristics)
+    if not facts.generates:
+        return "it serves an embedding or reward model, which does not generate"
+    if "generator" in roles and (why := compiling.unfit(facts, heuristics)):
+        return why
+    for role in roles if not config.allow_mismatch else ():
+        if found := departures(config, heuristics, recorded, facts, role):
+            return _words(found, role)
+    return None
+
+
+def spec_of_entry(config: RunConfig, role: str, server: ServerConfig) -> LaunchSpec | None:
+    """How a server of this entry is started, whichever GPU it is on; None for a `url`."""
+    if server.launch is None:
+        return None
+    model = config.judge_model if role == "judge" else config.model
+    return from_launch(server.launch, role=role, model=model, generation=config.generation.role(role))[0]
+
+
+def departures(config: RunConfig, heuristics: list[Heuristic], recorded: Recorded, facts: ServerFacts, role: str
+               ) -> list[Difference]:
+    """In what a server is not what a role needs of it."""
+    entries: list[ServerConfig] = getattr(config.servers, role)
+    if not entries:  # the generators judge, and they are what the generators must be; but for the model
+        known = [s["model_path"] for s in _accepted(recorded, role)]
+        wanted = config.judge_model.path
+        fits = any(same_model(model, facts.model_path, facts.url)[0] for model in (wanted, *known))
+        return [] if fits else [Difference("model", wanted, facts.model_path)]
+    own = next((entries[s["entry"]] for s in recorded[role] if s["url"] == facts.url and s.get("entry") is not None),
+               next((e for e in entries if e.url and e.url.rstrip("/") == facts.url), None))
+    if own is not None:
+        return differences(asked_of(config, role, own, heuristics), facts, spec_of_entry(config, role, own))
+    asked = asked_of(config, role, entries[0], heuristics)
+    others = [changed(_facts(s), facts, asked) for s in _accepted(recorded, role)]
+    return min(others, key=len) if others else differences(asked, facts)
+
+
+def _accepted(recorded: Recorded, role: str) -> list[Mapping[str, Any]]:
+    """The role's servers of the config that have answered; one that joined vouches for none, not even itself."""
+    return [s for s in recorded[role] if s.get("model_path") and s.get("how") != "joined"]
+
+
+def _facts(recorded: Mapping[str, Any]) -> ServerFacts:
+    return ServerFacts(recorded["url"], recorded["model_path"], recorded.get("honours_seeds", False),
+                       recorded.get("custom_processors", False), recorded.get("info", {}))
+
+
+def _words(found: list[Difference], role: str) -> str:
+    model = [d for d in found if d.field == "model"]
+    if model:
+        return f"it serves {model[0].found}, the {role}'s model is {model[0].asked}"
+    return "it is not what is asked for: " + "; ".join(
+        f"{d}{f' (start it {d.start})' if d.start else ''}" for d in found)
