@@ -67,7 +67,7 @@ demo: install-sglang demo-model  ## build the demo's dataset (resumes, says so w
 
 test: install-dev  ## the fast tests
 	$(SAY) "fast tests"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 3 --dist loadfile
 
 test-sglang: install-dev install-sglang demo-model  ## the tests against a real SGLang server on the CPU
 	$(SAY) "tests against a real SGLang server on the CPU"

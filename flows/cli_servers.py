@@ -55,7 +55,7 @@ def servers_check(config: ConfigArg, sets: SetOption = None, allow_mismatch: Mis
     Exit code 2 where a server given by url differs (without --allow-mismatch), 4 where none answers.
     """
     from flows.probing import probe
-    from tasks.serving.guard import table
+    from tasks.serving.guard.guard import table
 
     found = probe(*_resolved(config, with_mismatch(sets, allow_mismatch)))
     shown = terminal.table(None, "entry", "server", "", "model", "seeds", "custom processors", "SGLang",

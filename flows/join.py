@@ -12,8 +12,8 @@ from tasks.context import ROLES, Context
 from tasks.core.config import ServerConfig
 from tasks.core.errors import InputError, did_you_mean
 from tasks.serving import membership
-from tasks.serving.admission import departures
 from tasks.serving.client import ServerFacts
+from tasks.serving.guard.admission import departures
 
 # it may well come up in a minute; whatever else it answers, it is no server that a run could use
 _NOT_YET = ("unreachable", "timeout", "overloaded")

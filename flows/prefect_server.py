@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tasks.core.errors import UnreachableError
-from tasks.serving.leash import start_leashed
+from tasks.serving.launch.leash import start_leashed
 
 # a quarter of the server's CPU at many task runs, and a UI that keeps up
 _TUNING = {

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from flows.seats import Found, Seat, Served, ask, ask_one, given, in_the_way, matched, seats_of, state_dir
 from tasks.core.config import RunConfig
 from tasks.core.heuristics import Heuristic
-from tasks.serving import guard, launcher
 from tasks.serving.client import ServerFacts
 from tasks.serving.compile import unfit
 from tasks.serving.failures import RequestFailed
+from tasks.serving.guard import guard
+from tasks.serving.launch import launcher
 
 
 @dataclass(frozen=True)

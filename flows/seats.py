@@ -17,11 +17,12 @@ from tasks.core.config import RunConfig, ServerConfig
 from tasks.core.errors import InputError, UnreachableError
 from tasks.core.heuristics import Heuristic
 from tasks.core.store import Store
-from tasks.serving import guard, launcher
 from tasks.serving.client import ServerFacts, SGLangClient
 from tasks.serving.failures import RequestFailed
-from tasks.serving.launch_spec import LaunchRefused, LaunchSpec, command, from_launch
-from tasks.serving.launcher import ServerRecord
+from tasks.serving.guard import guard
+from tasks.serving.launch import launcher
+from tasks.serving.launch.launch_spec import LaunchRefused, LaunchSpec, command, from_launch
+from tasks.serving.launch.launcher import ServerRecord
 
 Notice = Callable[[str], None]
 How = Literal["given", "launched", "reused", "joined"]

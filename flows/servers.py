@@ -15,13 +15,15 @@ from tasks.context import ROLES, RUN_JSON, Context, reopen
 from tasks.core.config import RunConfig
 from tasks.core.errors import InputError, UnreachableError
 from tasks.core.heuristics import Heuristic
-from tasks.serving import guard, launcher, membership
-from tasks.serving.admission import Recorded, departures
+from tasks.serving import membership
 from tasks.serving.client import ServerFacts
 from tasks.serving.compile import recording, unfit
 from tasks.serving.failures import RequestFailed
-from tasks.serving.launcher import ServerRecord
-from tasks.serving.same_model import same_model
+from tasks.serving.guard import guard
+from tasks.serving.guard.admission import Recorded, departures
+from tasks.serving.guard.same_model import same_model
+from tasks.serving.launch import launcher
+from tasks.serving.launch.launcher import ServerRecord
 
 __all__ = ["Notice", "ask_one", "down", "require_reachable", "running", "specs", "state_dir", "up"]
 

@@ -20,9 +20,9 @@ from tasks.core.progress import Progress
 from tasks.core.store import Store
 from tasks.core.tokenizer import load_tokenizer, vocabulary_size
 from tasks.serving import membership
-from tasks.serving.admission import refusal
 from tasks.serving.client import ServerFacts
 from tasks.serving.fleet import Limits
+from tasks.serving.guard.admission import refusal
 from tasks.serving.loop import Loop
 from tasks.serving.pool import ServerPool
 

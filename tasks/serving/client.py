@@ -13,8 +13,8 @@ import aiohttp
 import orjson
 
 from tasks.serving.failures import RequestFailed
+from tasks.serving.guard.told import algorithm
 from tasks.serving.sampling_mask import read_mask
-from tasks.serving.told import algorithm
 
 _JSON = {"Content-Type": "application/json"}
 # uvicorn drops a connection that was idle for 5 s; reusing one at that moment would lose the request

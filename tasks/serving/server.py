@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from tasks.core.progress import ServerLoad
 from tasks.serving.client import Reply, ServerFacts, SGLangClient
 from tasks.serving.failures import RequestFailed
-from tasks.serving.guard import changed, table
+from tasks.serving.guard.guard import changed, table
 from tasks.serving.limit import AdaptiveLimit
 
 if TYPE_CHECKING:

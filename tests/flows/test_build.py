@@ -74,7 +74,7 @@ def ask(api: str, path: str) -> list[dict]:
 
 
 @pytest.mark.timeout(180)
-def test_a_run_from_start_to_dataset_interrupted_and_resumed(tmp_path, tiny_model, home, api):
+def test_a_run_from_start_to_dataset_interrupted_and_resumed(tmp_path, tiny_model, home, api, winnow):
     with FakeSGLang(delay_s=0.05) as server:
         raw = make_config(tmp_path, tiny_model, [server.url])
         raw["servers"]["generator"][0]["max_in_flight"] = 2
@@ -109,13 +109,13 @@ def test_a_run_from_start_to_dataset_interrupted_and_resumed(tmp_path, tiny_mode
             (a["key"], a["type"]) for a in ask(api, "artifacts")}
 
         sent = len(server.requests)
-        code, said = finish(start(config, home))
+        code, said = winnow("run", str(config))
         assert code == 0
         assert "is finished already" in said
-        assert str(tmp_path / "runs/test/dataset") in said.replace("\n", "")
+        assert str(tmp_path / "runs/test/dataset") in said.replace(" ", "")
         assert len(server.requests) == sent
 
-        code, said = finish(start(config, home, "--set", "seeds=[0, 2]"))
+        code, said = winnow("run", str(config), "--set", "seeds=[0, 2]")
         assert code == 2
         assert "seeds: was [0, 1], now [0, 2]" in said
     card = (tmp_path / "runs/test/dataset/README.md").read_text()
@@ -125,7 +125,7 @@ def test_a_run_from_start_to_dataset_interrupted_and_resumed(tmp_path, tiny_mode
 
 
 @pytest.mark.timeout(120)
-def test_too_many_failures_end_with_exit_code_3(tmp_path, tiny_model, home, api):
+def test_too_many_failures_end_with_exit_code_3(tmp_path, tiny_model, home, api, winnow):
     with FakeSGLang(fault=lambda n, p: "400" if "rid" in p and int(p["rid"][:2], 16) < 90 else None) as server:
         config = tmp_path / "run.yaml"
         config.write_text(yaml.safe_dump(make_config(tmp_path, tiny_model, [server.url], labels=["verifiers"])))
@@ -133,7 +133,7 @@ def test_too_many_failures_end_with_exit_code_3(tmp_path, tiny_model, home, api)
         assert code == 3, said
         assert "limits.max_failed" in said
         assert "rejected" in said
-        code, said = finish(start(config, home))  # finished, and it says again how
+        code, said = winnow("run", str(config))  # finished, and it says again how
         assert code == 3
         assert "is finished already" in said
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from flows import cli
 from flows.join import servers
 from flows.prepare import check, open_run
 from flows.servers import running
@@ -22,18 +21,6 @@ from tests.fake_sglang import FakeSGLang
 from tests.runs import build, make_config
 
 DEAD = "http://127.0.0.1:9"
-
-
-@pytest.fixture
-def winnow(capsys):
-    """Run a command here; (exit code, stdout and stderr as one text without line breaks)."""
-    def run(*arguments: str) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([*arguments])
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), " ".join((said.out + said.err).split())
-
-    return run
 
 
 @pytest.fixture

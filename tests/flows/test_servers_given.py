@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import cli
 from flows.prepare import check, open_run
 from flows.servers import running
 from tasks.context import Context
@@ -20,18 +19,9 @@ from tests.runs import build, make_config
 GENERATE = ["generate"]
 
 
-@pytest.fixture
-def winnow(capsys, tmp_path, monkeypatch):
-    """Run a command here; (exit code, stdout and stderr as one text without line breaks)."""
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path, monkeypatch):
     monkeypatch.setenv("WINNOW_STATE_DIR", str(tmp_path / "state"))
-
-    def run(*arguments: str) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([*arguments])
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), " ".join((said.out + said.err).split())
-
-    return run
 
 
 @pytest.fixture

@@ -19,13 +19,13 @@ from tasks.context import Context
 from tasks.core.config import RunConfig
 from tasks.core.errors import InputError, UnreachableError
 from tasks.core.heuristics import Heuristic, Processor
-from tasks.serving import launcher
-from tasks.serving.flags import Capabilities
-from tasks.serving.launch_spec import LaunchSpec, command_line
+from tasks.serving.launch import launcher
+from tasks.serving.launch.flags import Capabilities
+from tasks.serving.launch.launch_spec import LaunchSpec, command_line
 from tests.fake_answers import SERVER_INFO
 from tests.runs import make_config
-from tests.serving.sglang_flags import HELP
-from tests.serving.stand_in import alive
+from tests.serving.launch.sglang_flags import HELP
+from tests.serving.launch.stand_in import alive
 
 KNOWN = Capabilities.parse(HELP + "\n  --quantization QUANTIZATION\n  --page-size PAGE_SIZE\n")
 WARM = [Heuristic("warm", (Processor("temperature", 0.7),))]

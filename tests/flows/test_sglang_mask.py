@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tasks.serving import launcher
-from tasks.serving.launcher import LaunchSpec
+from tasks.serving.launch import launcher
+from tasks.serving.launch.launcher import LaunchSpec
 from tasks.serving.sglang_cpu import ensure_demo_model
 from tests.flows.test_sglang_run import ROOT, small, verified
 from tests.runs import build

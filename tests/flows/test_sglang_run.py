@@ -19,8 +19,8 @@ import yaml
 
 from tasks.context import Context
 from tasks.core.tokenizer import decode
-from tasks.serving import launcher
-from tasks.serving.launcher import LaunchSpec
+from tasks.serving.launch import launcher
+from tasks.serving.launch.launcher import LaunchSpec
 from tasks.serving.sglang_cpu import ensure_demo_model
 from tests.runs import build
 

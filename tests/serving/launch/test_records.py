@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.serving import launcher, processes, records
-from tasks.serving.launch_spec import LaunchSpec
-from tasks.serving.records import ServerRecord
-from tests.serving.stand_in import kept_record, within
+from tasks.serving.launch import launcher, processes, records
+from tasks.serving.launch.launch_spec import LaunchSpec
+from tasks.serving.launch.records import ServerRecord
+from tests.serving.launch.stand_in import kept_record, within
 
 SPEC = LaunchSpec(model="m", role="judge", device="cuda", gpu=1, dtype="bfloat16", mem_fraction=0.5,
                   speculation={"algorithm": "eagle", "draft_model": "d", "steps": 3},

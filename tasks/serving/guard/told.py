@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tasks.serving.flags import plain
+from tasks.serving.launch.flags import plain
 
 _ALIASES = {"model": "model-path", "tensor-parallel-size": "tp-size", "data-parallel-size": "dp-size",
             "pipeline-parallel-size": "pp-size", "expert-parallel-size": "ep-size", "ep": "ep-size",

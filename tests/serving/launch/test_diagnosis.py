@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.serving import diagnosis
+from tasks.serving.launch import diagnosis
 
 SAID = [
     # SGLang's own words

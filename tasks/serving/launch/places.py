@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from tasks.serving import processes, records
-from tasks.serving.launch_spec import LaunchFailed, LaunchSpec
-from tasks.serving.records import ServerRecord
+from tasks.serving.launch import processes, records
+from tasks.serving.launch.launch_spec import LaunchFailed, LaunchSpec
+from tasks.serving.launch.records import ServerRecord
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy is not for our own servers
 _TP, _PP, _DP = ("tp-size", "tensor-parallel-size", "tp"), ("pp-size", "pipeline-parallel-size", "pp"), (

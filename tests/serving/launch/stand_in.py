@@ -15,10 +15,10 @@ from typing import Any
 
 import psutil
 
-from tasks.serving import launcher, places, processes, records
-from tasks.serving.launcher import LaunchSpec, ServerRecord
+from tasks.serving.launch import launcher, places, processes, records
+from tasks.serving.launch.launcher import LaunchSpec, ServerRecord
 
-ROOT = Path(launcher.__file__).resolve().parents[2]
+ROOT = Path(launcher.__file__).resolve().parents[3]
 FAKE = '''
 import json, os, signal, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,8 +56,8 @@ STARTER = """
 import os, signal, sys, time
 from pathlib import Path
 from typing import Any
-from tests.serving import stand_in
-from tasks.serving import launcher
+from tests.serving.launch import stand_in
+from tasks.serving.launch import launcher
 state, mode, leashed, killed, port = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True", sys.argv[4], sys.argv[5]
 run, ports = launcher._run, launcher._ports
 def stop_there(*args):

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.serving import leash
-from tasks.serving.leash import start_leashed
+from tasks.serving.launch import leash
+from tasks.serving.launch.leash import start_leashed
 
 # a command with a grandchild in a session of its own; both write their pids
 FAMILY = """
@@ -27,7 +27,7 @@ time.sleep(600)
 """
 PARENT = """
 import os, pathlib, sys, time
-from tasks.serving.leash import start_leashed
+from tasks.serving.launch.leash import start_leashed
 folder = pathlib.Path(sys.argv[1])
 held = start_leashed([sys.executable, str(folder / "family.py"), str(folder)], env=dict(os.environ),
                      log_path=folder / "log")
@@ -64,7 +64,7 @@ def family(tmp_path: Path) -> list[str]:
 
 
 def test_kill_nine_of_the_parent_leaves_nothing_behind(tmp_path: Path, family: list[str]) -> None:
-    root = Path(leash.__file__).resolve().parents[2]
+    root = Path(leash.__file__).resolve().parents[3]
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], cwd=root)
     pids = [read_pid(tmp_path / name) for name in ("leash", "child", "grandchild")]
     assert all(alive(pid) for pid in pids)
@@ -77,7 +77,7 @@ def test_a_fork_that_still_holds_the_pipe_does_not_keep_the_command_alive(tmp_pa
     code = """
 import os, sys, time
 from pathlib import Path
-from tasks.serving.leash import start_leashed
+from tasks.serving.launch.leash import start_leashed
 held = start_leashed(["sleep", "600"], env=dict(os.environ), log_path=Path(sys.argv[1]) / "log")
 fork = os.fork()
 if fork:
@@ -85,7 +85,7 @@ if fork:
     (Path(sys.argv[1]) / "leash").write_text(str(held.pid))
 time.sleep(600)
 """
-    root = Path(leash.__file__).resolve().parents[2]
+    root = Path(leash.__file__).resolve().parents[3]
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root)
     fork, held = read_pid(tmp_path / "fork"), read_pid(tmp_path / "leash")
     parent.kill()
@@ -170,7 +170,7 @@ def test_a_command_that_cannot_be_run_is_said_in_one_line(tmp_path: Path, comman
 
 
 def test_the_leash_imports_nothing_heavy() -> None:
-    code = ("import sys; import tasks.serving.leash;"
+    code = ("import sys; import tasks.serving.launch.leash;"
             "print([m for m in ('torch', 'numpy', 'aiohttp') if m in sys.modules])")
-    root = Path(leash.__file__).resolve().parents[2]
+    root = Path(leash.__file__).resolve().parents[3]
     assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True).strip() == "[]"

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tasks.serving import launcher, processes
-from tasks.serving.launcher import LaunchFailed, LaunchSpec
-from tests.serving.stand_in import ROOT, alive, builder, spec, starter, tree
+from tasks.serving.launch import launcher, processes
+from tasks.serving.launch.launcher import LaunchFailed, LaunchSpec
+from tests.serving.launch.stand_in import ROOT, alive, builder, spec, starter, tree
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_a_reused_pid_is_never_stopped(state: Path, build: launcher.Command) -> 
 
 def test_who_stops_a_server_from_within_its_environment_lives_on(state: Path, build: launcher.Command) -> None:
     record = launcher.start(spec(), state, leashed=False, build=build)
-    code = ("import sys; from pathlib import Path; from tasks.serving import launcher\n"
+    code = ("import sys; from pathlib import Path; from tasks.serving.launch import launcher\n"
             "print([launcher.stop(r, 1) for r in launcher.running(Path(sys.argv[1]))])")
     done = subprocess.run([sys.executable, "-c", code, str(state)], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | processes.marked(record.id))

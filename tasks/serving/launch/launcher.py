@@ -22,11 +22,11 @@ from pathlib import Path
 
 import psutil
 
-from tasks.serving import diagnosis, places, processes, records
-from tasks.serving.launch_spec import LaunchFailed, LaunchSpec, command, environment, interpreter
-from tasks.serving.leash import GRACE_S, LeashedProcess, start_leashed
-from tasks.serving.places import busy, in_place_of
-from tasks.serving.records import ServerRecord, spec_of
+from tasks.serving.launch import diagnosis, places, processes, records
+from tasks.serving.launch.launch_spec import LaunchFailed, LaunchSpec, command, environment, interpreter
+from tasks.serving.launch.leash import GRACE_S, LeashedProcess, start_leashed
+from tasks.serving.launch.places import busy, in_place_of
+from tasks.serving.launch.records import ServerRecord, spec_of
 
 __all__ = ["LaunchFailed", "LaunchSpec", "ServerRecord", "busy", "command", "environment", "in_place_of",
            "interpreter", "reap", "running", "spec_of", "start", "start_all", "stop"]

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from tasks.core.config import GenerationConfig, Launch, ModelRef
 from tasks.core.errors import InputError
-from tasks.serving import flags_probe, launch_spec
-from tasks.serving.flags import LaunchFailed, LaunchRefused
-from tasks.serving.launch_spec import LaunchSpec, command, command_line, environment, from_launch, interpreter
-from tests.serving.sglang_flags import HELP, KNOWN, FakeSGLang, names_of, read, without
+from tasks.serving.launch import flags_probe, launch_spec
+from tasks.serving.launch.flags import LaunchFailed, LaunchRefused
+from tasks.serving.launch.launch_spec import LaunchSpec, command, command_line, environment, from_launch, interpreter
+from tests.serving.launch.sglang_flags import HELP, KNOWN, FakeSGLang, names_of, read, without
 
 MODEL = ModelRef(path="org/name", revision="abc")
 
@@ -205,7 +205,7 @@ def test_flags_cannot_bring_a_file_of_flags() -> None:
 
 def test_without_sglang_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("tasks.serving.launch_spec.ROOT", tmp_path)
+    monkeypatch.setattr("tasks.serving.launch.launch_spec.ROOT", tmp_path)
     with pytest.raises(LaunchFailed, match="make install-sglang"):
         interpreter(LaunchSpec(model="org/name"))
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.serving.flags import Capabilities, Option
+from tasks.serving.launch.flags import Capabilities, Option
 
 HELP = (Path(__file__).parent / "sglang_help.txt").read_text()
 """Cut from what `python -m sglang.launch_server --help` of SGLang 0.5.23 prints."""

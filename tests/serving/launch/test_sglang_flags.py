@@ -15,11 +15,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tasks.serving import flags_probe
-from tasks.serving.flags import Capabilities, LaunchRefused, render
-from tasks.serving.launch_spec import CPU_LAUNCHER, LaunchSpec, command_line, environment
-from tests.serving.sglang_flags import KNOWN, names_of
-from tests.serving.test_launch_spec import DRAFTED, OWN, WORDS, engines, launches, specs
+from tasks.serving.launch import flags_probe
+from tasks.serving.launch.flags import Capabilities, LaunchRefused, render
+from tasks.serving.launch.launch_spec import CPU_LAUNCHER, LaunchSpec, command_line, environment
+from tests.serving.launch.sglang_flags import KNOWN, names_of
+from tests.serving.launch.test_launch_spec import DRAFTED, OWN, WORDS, engines, launches, specs
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(300)]
 SPEC = LaunchSpec(model="org/name", device="cpu", python=sys.executable)

@@ -1,6 +1,6 @@
 """Hold a command on a leash: when the process that started it is gone, so is the command.
 
-    python -m tasks.serving.leash [--grace SECONDS] [--parent PID] -- CMD...      (or by this file's path)
+    python -m tasks.serving.launch.leash [--grace SECONDS] [--parent PID] -- CMD...      (or by this file's path)
 
 The leash runs CMD in a session of its own and waits. It ends CMD, SIGTERM first and SIGKILL after the
 grace time, on SIGTERM, SIGINT, SIGHUP or SIGQUIT, or when its stdin pipe reaches its end: the kernel closes the

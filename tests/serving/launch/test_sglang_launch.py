@@ -17,14 +17,14 @@ import psutil
 import pytest
 
 from tasks.core.heuristics import Heuristic, Processor
-from tasks.serving import launcher
 from tasks.serving.compile import compile_heuristic
-from tasks.serving.launcher import LaunchSpec, ServerRecord
+from tasks.serving.launch import launcher
+from tasks.serving.launch.launcher import LaunchSpec, ServerRecord
 from tasks.serving.sglang_cpu import ensure_demo_model
 from tests.asked import generation
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
-ROOT = Path(launcher.__file__).resolve().parents[2]
+ROOT = Path(launcher.__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.serving import flags_probe
-from tasks.serving.flags import Capabilities, LaunchFailed, LaunchRefused, Option, Value, render
-from tasks.serving.flags_probe import probe
-from tests.serving.sglang_flags import KNOWN, FakeSGLang, add, names_of, parser, read, without
+from tasks.serving.launch import flags_probe
+from tasks.serving.launch.flags import Capabilities, LaunchFailed, LaunchRefused, Option, Value, render
+from tasks.serving.launch.flags_probe import probe
+from tests.serving.launch.sglang_flags import KNOWN, FakeSGLang, add, names_of, parser, read, without
 
 # --- what a help text says ---
 

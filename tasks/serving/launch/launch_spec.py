@@ -16,16 +16,16 @@ from typing import Literal
 from tasks.core.config import GenerationConfig, Launch, ModelRef
 from tasks.core.config_servers import Speculation, is_loopback
 from tasks.core.errors import InputError
-from tasks.serving.flags import Capabilities, LaunchFailed, LaunchRefused, Rendered, Value, plain, render
-from tasks.serving.flags_probe import probe
+from tasks.serving.launch.flags import Capabilities, LaunchFailed, LaunchRefused, Rendered, Value, plain, render
+from tasks.serving.launch.flags_probe import probe
 
 __all__ = ["CommandLine", "LaunchFailed", "LaunchRefused", "LaunchSpec", "command", "command_line", "environment",
            "from_launch", "interpreter"]
 
 log = logging.getLogger("winnow.servers")
 
-ROOT = Path(__file__).resolve().parents[2]
-CPU_LAUNCHER = Path(__file__).resolve().parent / "sglang_cpu" / "launch.py"
+ROOT = Path(__file__).resolve().parents[3]
+CPU_LAUNCHER = ROOT / "tasks/serving/sglang_cpu/launch.py"
 # SGLang's flags that have a key of their own in the config.
 _KEYS = {
     "model-path": "launch.model", "revision": "model.revision", "host": "launch.host", "port": "launch.port",

@@ -8,11 +8,11 @@ from typing import Any
 from tasks.core.config import RunConfig, ServerConfig
 from tasks.core.heuristics import Heuristic
 from tasks.serving import compile as compiling
-from tasks.serving.asked import asked_of
 from tasks.serving.client import ServerFacts
-from tasks.serving.guard import Difference, changed, differences
-from tasks.serving.launch_spec import LaunchSpec, from_launch
-from tasks.serving.same_model import same_model
+from tasks.serving.guard.asked import asked_of
+from tasks.serving.guard.guard import Difference, changed, differences
+from tasks.serving.guard.same_model import same_model
+from tasks.serving.launch.launch_spec import LaunchSpec, from_launch
 
 Recorded = Mapping[str, Sequence[Mapping[str, Any]]]
 """Role -> its servers, as `run.json` has them."""

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from tasks.core.config import GenerationConfig, RunConfig, Settings
 from tasks.core.heuristics import Heuristic, Processor
-from tasks.serving import told
-from tasks.serving.admission import refusal
 from tasks.serving.client import ServerFacts
-from tasks.serving.guard import (
+from tasks.serving.guard import told
+from tasks.serving.guard.admission import refusal
+from tasks.serving.guard.guard import (
     Asked,
     Difference,
     asked_of,
@@ -29,7 +29,7 @@ from tasks.serving.guard import (
     text,
     unlike,
 )
-from tasks.serving.launch_spec import LaunchSpec
+from tasks.serving.launch.launch_spec import LaunchSpec
 from tests.fake_answers import SERVER_INFO
 
 URL = "http://10.0.0.7:30000"

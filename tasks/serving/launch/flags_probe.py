@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.serving.flags import Capabilities, LaunchFailed, Option
+from tasks.serving.launch.flags import Capabilities, LaunchFailed, Option
 
 log = logging.getLogger("winnow.servers")
 

@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 from pydantic import TypeAdapter, ValidationError
 
-from tasks.serving import processes
-from tasks.serving.launch_spec import LaunchSpec
-from tasks.serving.processes import Identity
+from tasks.serving.launch import processes
+from tasks.serving.launch.launch_spec import LaunchSpec
+from tasks.serving.launch.processes import Identity
 
 log = logging.getLogger("winnow.servers")
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from tasks.serving import launcher, places
-from tasks.serving.launch_spec import LaunchFailed, LaunchSpec
-from tasks.serving.records import ServerRecord
-from tests.serving.stand_in import kept_record
+from tasks.serving.launch import launcher, places
+from tasks.serving.launch.launch_spec import LaunchFailed, LaunchSpec
+from tasks.serving.launch.records import ServerRecord
+from tests.serving.launch.stand_in import kept_record
 
 GPU = LaunchSpec(model="m", gpu=0)
 CPU = LaunchSpec(model="m", device="cpu")

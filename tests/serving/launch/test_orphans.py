@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.serving import launcher
-from tasks.serving.launcher import ServerRecord
-from tests.serving.stand_in import alive, builder, kill, spec, starter, tree, within
+from tasks.serving.launch import launcher
+from tasks.serving.launch.launcher import ServerRecord
+from tests.serving.launch.stand_in import alive, builder, kill, spec, starter, tree, within
 
 
 @pytest.fixture

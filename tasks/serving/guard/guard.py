@@ -18,12 +18,12 @@ from typing import Any, Literal
 import yaml
 
 from tasks.core.section import is_secret
-from tasks.serving import told
-from tasks.serving.asked import BY_FLAG, DRAFT, FIELDS, REVISION, SHAPING, Asked, Field, asked_of, of_flag
 from tasks.serving.client import ServerFacts
 from tasks.serving.compile import SENT
-from tasks.serving.launch_spec import LaunchSpec
-from tasks.serving.same_model import is_folder, same_commit, same_model, snapshot
+from tasks.serving.guard import told
+from tasks.serving.guard.asked import BY_FLAG, DRAFT, FIELDS, REVISION, SHAPING, Asked, Field, asked_of, of_flag
+from tasks.serving.guard.same_model import is_folder, same_commit, same_model, snapshot
+from tasks.serving.launch.launch_spec import LaunchSpec
 
 __all__ = ["RECORDED", "Asked", "Comparison", "Difference", "asked_of", "changed", "compare", "differences", "placed",
            "table", "text", "told_by", "unlike", "without_left_out"]

@@ -8,8 +8,8 @@ from typing import Any
 
 from tasks.core.config import RunConfig, ServerConfig
 from tasks.core.heuristics import Heuristic
-from tasks.serving import told
 from tasks.serving.compile import compile_heuristic
+from tasks.serving.guard import told
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Is a server what the run asks for?"""

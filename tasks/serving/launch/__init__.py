@@ -1,0 +1,1 @@
+"""Servers of ours: the command line that says what is asked for, starting, waiting, finding again, ending."""
