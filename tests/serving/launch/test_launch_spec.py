@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tasks.core.config import GenerationConfig, Launch, ModelRef
@@ -288,7 +288,9 @@ def speculations(draw: st.DrawFn) -> dict[str, Any]:
     if algorithm == "ngram":
         low, high = sorted((draw(number), draw(number)))
         some = {"min_breadth": low, "max_breadth": high, "draft_tokens": draw(number)}
-        return out | {name: value for name, value in some.items() if draw(st.booleans())}
+        out |= {name: value for name, value in some.items() if draw(st.booleans())}
+        assume(out.get("draft_tokens", 12) >= out.get("max_breadth", 10))
+        return out
     if algorithm != "off":
         if algorithm != "nextn" or draw(st.booleans()):
             out |= {"draft_model": "org/draft"} | ({"draft_revision": "d1"} if draw(st.booleans()) else {})
