@@ -12,6 +12,7 @@ from typing import Any
 
 from flows.inputs import Inputs, check_system_turns, check_verdicts, gather
 from tasks.context import RUN_JSON, Context
+from tasks.core.chat_template import DEFAULT_DATE
 from tasks.core.config import RunConfig
 from tasks.core.errors import InputError
 from tasks.core.generation import RoleGeneration, complete_all, resolve_role
@@ -137,6 +138,9 @@ def check(config: RunConfig, origins: Origins, recorded: dict[str, Any] | None =
         if template.stamps_date:
             log.warning("the %s's chat template stamps the date: it is told %s, whatever the day "
                         "(generation.%s.template_date)", role, template.date, role)
+        elif config.generation.role(role).template_date != DEFAULT_DATE:
+            log.warning("generation.%s.template_date: its chat template stamps no date, so the day changes nothing",
+                        role)
     if "verifiers" not in config.labels and any(s.verifier for s in config.sources):
         log.warning("labels has no verifiers: no answer will be checked, although a source names a verifier")
     if "diversity" in config.labels and len(config.seeds) < 2:
@@ -174,6 +178,11 @@ def _check_speculation(config: RunConfig, heuristics: list[Heuristic]) -> None:
 def _check_judge(config: RunConfig, sampling: Sampling) -> None:
     """A native min_p ends a server that honours seeds, and a verdict is read before any cut."""
     judge = sampling.generation.get("judge")
+    own, shared = config.generation.judge, config.generation.generator
+    for key in ("context_length", "engine") if judge and not config.servers.judge else ():
+        if getattr(own, key) and getattr(own, key) != getattr(shared, key):
+            raise InputError(f"generation.judge.{key}: there is no servers.judge, so the generators judge, and they "
+                             f"are what generation.generator.{key} says; set that, or name servers that judge")
     if judge and judge["min_p"] > 0 and any(
             s.settings.deterministic for s in config.servers.judge or config.servers.generator):
         raise InputError(f"generation.judge.min_p ({judge.values_from['min_p'].origin}): SGLang dies of a min_p where "

@@ -185,3 +185,21 @@ def test_a_system_prompt_that_the_template_refuses_is_an_error_and_one_that_it_d
         assert not server.requests
         build(raw(DROPPING), ["generate"])
     assert "leaves it out without a word" in caplog.text
+
+
+@pytest.mark.parametrize(("generation", "said"), [
+    ({"judge": {"context_length": 99}}, "generation.judge.context_length: there is no servers.judge"),
+    ({"judge": {"engine": {"page-size": 4}}}, "generation.judge.engine: there is no servers.judge"),
+    ({"judge": {"min_p": 0.1}}, "generation.judge.min_p .*SGLang dies of a min_p where it honours seeds"),
+    ({"generator": {"stop_token_ids": [99999]}}, r"stop_token_ids \(config\): \[99999\] are no token ids"),
+])
+def test_what_could_do_nothing_or_harm_is_refused(tmp_path, tiny_model, generation, said):
+    with pytest.raises(InputError, match=said):
+        build(make_config(tmp_path, tiny_model, ["http://127.0.0.1:9"], generation=generation))
+
+
+def test_a_day_that_no_template_is_told_is_said_to_change_nothing(tmp_path, tiny_model, caplog):
+    generation = {"generator": {"template_date": "2025-01-01"}}
+    with FakeSGLang() as server:
+        build(make_config(tmp_path, tiny_model, [server.url], labels=[], generation=generation), ["generate"])
+    assert "generation.generator.template_date: its chat template stamps no date" in caplog.text
