@@ -55,7 +55,7 @@ def servers_check(config: ConfigArg, sets: SetOption = None, allow_mismatch: Mis
     Exit code 2 where a server given by url differs (without --allow-mismatch), 4 where none answers.
     """
     from flows.probing import probe
-    from tasks.serving.guard.guard import table
+    from tasks.serving.guard.guard import expected, table
 
     found = probe(*_resolved(config, with_mismatch(sets, allow_mismatch)))
     shown = terminal.table(None, "entry", "server", "", "model", "seeds", "custom processors", "SGLang",
@@ -73,6 +73,8 @@ def servers_check(config: ConfigArg, sets: SetOption = None, allow_mismatch: Mis
             for row in table(server.differences, "expect" if server.seat.url else "none"):
                 different.add_row(*map(escape, row))
             terminal.out.print(different)
+            if server.seat.url and (whole := expected(server.differences, server.seat.expect)):
+                terminal.out.print(f"all at once: {escape(whole)}", soft_wrap=True)
         for note in server.notes:
             terminal.out.print(f"{server.seat.key}: {escape(note)}", soft_wrap=True)
     if not any(server.facts for server in found):

@@ -6,7 +6,10 @@ and what was changed since (a `--set`) is read anew.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +60,22 @@ class Inputs:
 
 def gather(config: RunConfig, recorded: dict[str, Any] | None = None) -> Inputs:
     """Read what the config names, or take it from `recorded`. Raises InputError, UnreachableError."""
-    known = recorded or {}
+    if recorded is None:
+        return _gather(config, {})
+    with _as_recorded():
+        return _gather(config, recorded)
+
+
+@contextlib.contextmanager
+def _as_recorded() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"run.json: inputs: not as this version of Winnow records them ({error!r}); use the config "
+                         "that the run was begun with") from error
+
+
+def _gather(config: RunConfig, known: dict[str, Any]) -> Inputs:
     files = {f["name"]: f["content"] for f in known.get("heuristics", [])}
     heuristics = [(path, files[path] if path in files else load_file(path)) for path in config.heuristics.files]
     found = known.get("generation_config")
@@ -85,10 +103,10 @@ def _template_name(config: RunConfig, role: str) -> dict[str, Any]:
 
 
 def _chat_template(config: RunConfig, role: str, known: dict[str, Any]) -> ChatTemplate:
-    before = known.get("chat_templates", {}).get(role)
-    if before and before["name"] == _template_name(config, role):
-        return ChatTemplate.from_recorded(before["content"])
-    given = config.generation.role(role)
+    before, given = known.get("chat_templates", {}).get(role), config.generation.role(role)
+    if before and before["name"] | {"date": None} == _template_name(config, role) | {"date": None}:
+        found = ChatTemplate.from_recorded(before["content"])
+        return dataclasses.replace(found, date=given.template_date) if found.stamps_date else found
     tokenizer = load_tokenizer(*model_of(config, role), needs_template=given.chat_template is None)
     return chat_template(tokenizer, given.chat_template, given.template_date, f"generation.{role}.chat_template")
 

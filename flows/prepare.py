@@ -18,7 +18,7 @@ from tasks.core.errors import InputError
 from tasks.core.generation import RoleGeneration, complete_all, resolve_role
 from tasks.core.heuristics import Heuristic, fold, unfolded
 from tasks.core.identity import digest
-from tasks.core.resolve import Origins, flatten
+from tasks.core.resolve import Origins, flatten, origins_of
 from tasks.core.store import Store
 from tasks.core.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from tasks.generation.prompts import PATH, PromptSet, read_prompts, shard_count, write_prompts
@@ -57,10 +57,11 @@ class Sampling:
         return out
 
     def candidate_identity(self, config: RunConfig) -> dict[str, Any]:
-        """The generation config as it is part of every candidate's id."""
+        """The generation config as it is part of every candidate's id (a source's own is put over it by the grid)."""
         return self.generation["generator"].identity() | {
             "chat_template": self.inputs.chat_templates["generator"].digest,
-            "system_prompt": config.generation.generator.system_prompt}
+            "system_prompt": config.generation.generator.system_prompt or None,  # an empty one is none
+        } | ({"engine": dict(flags)} if (flags := config.generation.generator.engine) else {})
 
 
 def resolve_sampling(config: RunConfig, origins: Origins, recorded: dict[str, Any] | None = None) -> Sampling:
@@ -124,13 +125,13 @@ def check(config: RunConfig, origins: Origins, recorded: dict[str, Any] | None =
 
     `recorded`: the `run.json` that the config is from. Raises InputError, UnreachableError (a hub that is needed).
     """
-    runner = config.engine.task_runner
+    origins, runner = origins or origins_of(config), config.engine.task_runner
     if runner != "threads" and importlib.util.find_spec(f"prefect_{runner}") is None:
         raise InputError(f"engine.task_runner: {runner} needs its extra: pip install 'winnow[{runner}]'")
     tokenizer = load_tokenizer(config.model, needs_template=config.generation.generator.chat_template is None)
     sampling = resolve_sampling(config, origins, recorded)
     for note in sampling.inputs.model_defaults.notes if sampling.inputs.model_defaults else ():
-        log.warning("%s", note)
+        log.warning("generation_config.json: %s", note)
     _check_tokens(config, sampling, tokenizer)
     _check_speculation(config, sampling.heuristics)
     _check_judge(config, sampling)
@@ -192,8 +193,14 @@ def _check_judge(config: RunConfig, sampling: Sampling) -> None:
 
 def _check_same_prompts(plan: Plan, recorded: dict[str, Any]) -> None:
     """A run.json stands for its prompts and tokenizer too: it does not hold them, but it knows them."""
-    before = RunConfig.model_validate(recorded["config"])
-    if before.sources == plan.config.sources and recorded["prompts_digest"] != plan.prompts.digest:
+    try:
+        before = RunConfig.model_validate(recorded["config"])
+    except ValueError as error:  # what --set mended
+        raise InputError("run.json: config: not one that this version of Winnow takes; use the config that the run was "
+                         "begun with") from error
+    same = (before.sources == plan.config.sources
+            and before.generation.generator.system_prompt == plan.config.generation.generator.system_prompt)
+    if same and recorded["prompts_digest"] != plan.prompts.digest:
         was = recorded["prompts"]
         raise InputError(f"sources: the prompts are not those of the recorded run ({len(plan.prompts)} now, {was} "
                          "then, or others): a file in sources was edited; put it back, or use a config of your own")
@@ -234,7 +241,7 @@ def open_run(plan: Plan) -> Context:
         "python": platform.python_version(), "platform": platform.platform(),
         "servers": known["servers"] if known else {"generator": [], "judge": []},
         "finished": known.get("finished") if known else None,
-    }
+    } | {key: known[key] for key in ("servers_differ",) if known and key in known}
     if raw != known:
         store.write_json(RUN_JSON, raw)
     if store.read_json("generation_config.json") != (sent := _as_sent(plan)):

@@ -6,11 +6,11 @@ import asyncio
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tasks.context import ROLES
 from tasks.core.config import RunConfig, ServerConfig
@@ -40,6 +40,8 @@ class Seat:
     """Most requests in flight; None: to be found out."""
     url: str | None = None
     spec: LaunchSpec | None = None
+    expect: Mapping[str, Any] = field(default_factory=dict)
+    """What its entry expects, as given (`url`)."""
 
     @property
     def key(self) -> str:
@@ -101,7 +103,8 @@ def seats_of(config: RunConfig, heuristics: Iterable[Heuristic]) -> list[Seat]:
     for role in ROLES:
         for n, server in enumerate(getattr(config.servers, role)):
             seat = Seat(role, n, guard.asked_of(config, role, server, heuristics), server.max_in_flight)
-            out += ([dataclasses.replace(seat, url=server.url.rstrip("/"))] if server.url else
+            expect = server.expect.model_dump(mode="json", exclude_defaults=True)
+            out += ([dataclasses.replace(seat, url=server.url.rstrip("/"), expect=expect)] if server.url else
                     [dataclasses.replace(seat, spec=spec) for spec in _specs(config, role, server)])
     return out
 
@@ -206,9 +209,9 @@ def _clear(missing: list[Seat], folder: Path, taken: list[str], notice: Notice) 
         if at_work := launcher.busy(found.record):
             raise UnreachableError(
                 f"{seat.key}: our {found.record.role} server at {found.record.url} stands where this one would start, "
-                f"is not what is asked for, and works on {at_work} requests for someone else:\n"
-                f"{guard.text(found.differences, 'none')}\nWait until it is idle, stop it (winnow servers down), "
-                "ask for what it is, or give this one another place (launch.gpus, launch.port)")
+                f"is not what is asked for, and works on {at_work} request{'s' if at_work > 1 else ''} for someone "
+                f"else:\n{guard.text(found.differences, 'none')}\nWait until it is idle, stop it (winnow servers "
+                "down), ask for what it is, or give this one another place (launch.gpus, launch.port)")
     for seat, found in going:
         notice(f"our {found.record.role} server at {found.record.url} is not what {seat.key} asks for; it is stopped "
                f"and one that is gets started:\n{guard.text(found.differences, 'none')}")

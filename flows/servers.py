@@ -117,6 +117,8 @@ def _refuse(config: RunConfig, served: list[Served]) -> None:
         if s.seat and found:
             wrong.append(f"{s.seat.key}: {s.url} is not what the run asks for:\n"
                          f"{guard.text(found, 'expect' if s.how == 'given' else 'launch')}")
+            if s.how == "given" and (whole := guard.expected(found, s.seat.expect)):
+                wrong.append(f"  all at once: {whole}")
     if not wrong:
         return
     if config.allow_mismatch:

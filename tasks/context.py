@@ -27,6 +27,7 @@ from tasks.serving.loop import Loop
 from tasks.serving.pool import ServerPool
 
 RUN_JSON = "run.json"
+_NEEDED = ("config", "heuristics", "shards", "generation", "templates", "servers")
 _FOLLOW_EVERY_S = 2.0
 
 
@@ -39,6 +40,9 @@ class Context:
         raw = self.store.read_json(RUN_JSON)
         if raw is None:
             raise InputError(f"{url}: no such run (no {RUN_JSON} there)")
+        if lacking := [name for name in _NEEDED if name not in raw]:
+            raise InputError(f"{url}: {RUN_JSON} is of another version of Winnow (no {', '.join(lacking)}): open "
+                             "it with that version, or begin a run of another name")
         self.raw: dict[str, Any] = raw
         self.config = RunConfig.model_validate(raw["config"])
         self.heuristics = [_heuristic(h) for h in raw["heuristics"]]

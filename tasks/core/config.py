@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tasks.core.config_generation import Generation, GenerationConfig
 from tasks.core.config_servers import Launch, ServerConfig, Servers, Settings, Speculation
-from tasks.core.section import Section
+from tasks.core.section import Address, Section
 
 __all__ = ["Diversity", "Generation", "GenerationConfig", "HeuristicsConfig", "Launch", "Limits", "ModelRef", "Quality",
            "RunConfig", "Scoring", "Section", "ServerConfig", "Servers", "Settings", "Source", "Speculation"]
@@ -37,7 +37,7 @@ class Source(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """The source's name; part of every prompt's identity."""
-    path: str = Field(min_length=1)
+    path: Address = Field(min_length=1)
     """A .jsonl or .parquet file or an fsspec URL of one, or what `datasets` loads: hf://datasets/OWNER/NAME (or
     OWNER/NAME), or a folder."""
     split: str = "train"
@@ -57,7 +57,7 @@ class Source(Section):
     """Label diversity across seeds, where `labels` has diversity."""
     system_prompt: str | None = None
     """In place of generation.system_prompt for this source."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, lt=2**62)
     """Only the first so many rows."""
     license: str | None = None
     """Licence of the prompts, for the dataset's card."""
@@ -104,7 +104,7 @@ class Quality(Section):
     template: str = "few_shot"
     """Judge prompt: few_shot, gram, or a YAML file of your own."""
     model: ModelRef | None = None
-    """The judge's model; what servers.judge launches, else the run's model, where not given."""
+    """The judge's model; what servers.judge launches or expects, else the run's model, where not given."""
     max_prompt_tokens: int = Field(default=2048, ge=64)
     """Longest judge prompt; longer texts lose their middle."""
     prior_sd: float = Field(default=2.5, gt=0)
@@ -204,9 +204,9 @@ class RunConfig(Section):
 
     run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run's name and folder."""
-    runs_dir: str = "data/runs"
+    runs_dir: Address = "data/runs"
     """Where runs live: a folder or an fsspec URL."""
-    run_seed: int = Field(default=0, ge=0)
+    run_seed: int = Field(default=0, ge=0, lt=2**62)
     """Everything random derives from it."""
     model: ModelRef
     """The model that candidates come from."""
@@ -245,8 +245,8 @@ class RunConfig(Section):
         twice = sorted({v for v in value if value.count(v) > 1})
         if twice:
             raise ValueError(f"given twice: {', '.join(map(str, twice))}")
-        if any(isinstance(v, int) and v < 0 for v in value):
-            raise ValueError("must be 0 or more")
+        if any(isinstance(v, int) and not 0 <= v < 2**62 for v in value):
+            raise ValueError("must be 0 or more, and below 2**62")
         return value
 
     @model_validator(mode="after")
@@ -264,11 +264,11 @@ class RunConfig(Section):
 
     @property
     def judge_model(self) -> ModelRef:
-        """The judge's model: named, launched, or the run's own."""
+        """The judge's model: named, launched or expected of a server, or the run's own."""
         if self.quality.model:
             return self.quality.model
-        launched = [s.launch.model for s in self.servers.judge if s.launch and s.launch.model]
-        return ModelRef(path=launched[0]) if launched else self.model
+        served = [s.settings.model for s in self.servers.judge if s.settings.model]
+        return ModelRef(path=served[0]) if served else self.model
 
     def identity(self) -> dict[str, Any]:
         """The part of the config that decides the dataset's rows, but for heuristics and generation.

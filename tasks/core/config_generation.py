@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import warnings
 from typing import Any
@@ -105,7 +106,7 @@ def fan_out(raw: dict[str, Any]) -> list[str]:
         for role in ALIASES[key]:
             given = raw.setdefault(role, {})
             if isinstance(given, dict):  # else the role's own type says what is wrong
-                given.setdefault(key, value)
+                given.setdefault(key, copy.deepcopy(value))  # what --set changes for one role is that role's alone
     return found
 
 

@@ -113,7 +113,8 @@ def complete(heuristic: Heuristic, generation: RoleGeneration, model: ModelDefau
     """The heuristic as it is executed: its own processors, and what the layers above and below it say.
 
     Its temperature comes first and a cut that it lacks last, in Hugging Face's order. With a temperature of 0 nothing
-    else matters: it is then the only processor.
+    else matters: it is then the only processor. A cut that cuts nothing (top_p 1) is left out: it would be the same
+    request under another id.
     """
     steps = list(heuristic.processors)
     named = {p.name for p in steps}
@@ -128,7 +129,8 @@ def complete(heuristic: Heuristic, generation: RoleGeneration, model: ModelDefau
         steps += [Processor(name, value) for name, value in model.processors
                   if name not in (*_IN_HEURISTIC, *(p.name for p in steps))]
     greedy = [p for p in steps if p.name == "temperature" and p.value == 0]
-    return Heuristic(heuristic.name, tuple(greedy[:1] or steps), heuristic.aliases)
+    cutting = [p for p in steps if p.name == "temperature" or not _neutral(p.name, p.value)]
+    return Heuristic(heuristic.name, tuple(greedy[:1] or cutting), heuristic.aliases)
 
 
 def complete_all(heuristics: Iterable[Heuristic], generation: RoleGeneration, model: ModelDefaults | None,

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tasks.core.config_file import parse_value
 from tasks.core.errors import InputError, did_you_mean
 from tasks.core.identity import digest
 
@@ -125,7 +124,7 @@ def parse_processor(raw: Any, where: str) -> Processor:
         raise InputError(f"{where}.params.min_tokens_to_keep: {keep!r}, must be a whole number of 1 or more")
     if keep > 1 and name in ("temperature",):
         raise InputError(f"{where}.params.min_tokens_to_keep: {name} removes no tokens, drop this key")
-    return Processor(name, int(value) if name == "top_k" else float(value), keep)
+    return Processor(name, int(value) if name == "top_k" else float(value) + 0.0, keep)  # no -0.0
 
 
 def family_grid(family: str, recommended: Sequence[tuple[str, float]] = ()) -> list[Heuristic]:
@@ -153,10 +152,10 @@ def family_grid(family: str, recommended: Sequence[tuple[str, float]] = ()) -> l
 def load_file(path: str | Path) -> Any:
     """What a YAML file of heuristics holds, unchecked."""
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return parse_value(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"heuristics.files: cannot read {path}: {getattr(error, 'strerror', error)}") from error
-    except yaml.YAMLError as error:
+    except ValueError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from error
 
 
@@ -194,7 +193,7 @@ def _read_pipeline(entry: Any, where: str) -> Heuristic | None:
     name, weight, processors = entry.get("name"), entry.get("weight", 1), entry.get("processors")
     if not isinstance(name, str) or not name.strip():
         raise InputError(f"{where}.name: every heuristic needs a name")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e9:
         raise InputError(f"{where}.weight: {weight!r}, must be a number of 0 or more")
     if not isinstance(processors, list):
         raise InputError(f"{where}.processors: must be a list (an empty one samples as the generator's config and the "

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import reprlib
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from tasks.core.config import RunConfig
+from tasks.core.config_file import parse, parse_value
 from tasks.core.config_generation import ALIASES, fan_out, warn_role_less
 from tasks.core.errors import InputError, did_you_mean
 
@@ -29,16 +32,12 @@ def load_config(path: str | Path, sets: list[str] | None = None, run: str | None
     if recorded := recorded_run(path):
         data, origins = recorded["config"], {k: o for k, o in recorded["origins"].items() if o != "default"}
     else:
-        data, lines = _parse(_text(path), path)
+        data, lines = parse(_text(path), path)
         origins = {key: f"{path}:{line}" for key, line in lines.items()}
-        _fan_out(data, origins)
-    overrides = [*_by_role(sets or []), *([f"run={run}"] if run else [])]
-    for override in overrides:
-        key = _apply(data, override)
-        stale = [k for k in origins if k == key or k.startswith(key + ".")]
-        for k in stale:
-            del origins[k]
-        origins[key] = "--run" if run and override is overrides[-1] else "--set"
+    _spell_out(data, origins)
+    _override(data, origins, sets or [])
+    if run is not None:
+        data["run"], origins["run"] = run, "--run"
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
@@ -46,25 +45,55 @@ def load_config(path: str | Path, sets: list[str] | None = None, run: str | None
     return config, _all_origins(config, origins)
 
 
+_RECORDED: dict[str, type] = {"config": dict, "origins": dict, "inputs": dict, "identity": dict, "prompts": int,
+                              "prompts_digest": str, "tokenizer": str}
+
+
 def recorded_run(path: str | Path) -> dict[str, Any] | None:
-    """The `run.json` at `path`, or None where it is a config."""
+    """The `run.json` at `path`, or None where it is a config. Raises InputError for one of another version."""
     path = Path(path)
     if path.suffix != ".json":
         return None
     try:
         raw = json.loads(_text(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # whatever it is: YAML has the better messages
-    return raw if isinstance(raw, dict) and {"winnow", "config", "origins", "inputs"} <= raw.keys() else None
+    if not isinstance(raw, dict) or not {"winnow", "config"} <= raw.keys():
+        return None
+    if lacking := [key for key, kind in _RECORDED.items() if not isinstance(raw.get(key), kind)]:
+        raise InputError(f"{path}: a run.json of another version of Winnow ({raw['winnow']}) or one that was edited, "
+                         f"without {', '.join(lacking)}; use the config that the run was begun with")
+    return raw
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file (looked in {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def _spell_out(data: dict[str, Any], origins: Origins) -> None:
+    """Short forms become what they stand for, in place, and their origins with them: role-less keys of `generation`, a
+    plain list of servers, a plain word for speculation."""
+    _fan_out(data, origins)
+    if isinstance(servers := data.get("servers"), list):
+        data["servers"] = {"generator": servers}
+        for o in [o for o in origins if o.startswith("servers.")]:
+            origins[f"servers.generator.{o.removeprefix('servers.')}"] = origins.pop(o)
+    by_role = data.get("servers")
+    for role, listed in by_role.items() if isinstance(by_role, dict) else ():
+        for n, server in enumerate(listed if isinstance(listed, list) else ()):
+            for part in ("launch", "expect"):
+                key, settings = f"servers.{role}.{n}.{part}.speculation", server.get(part) if isinstance(
+                    server, dict) else None
+                if isinstance(settings, dict) and "speculation" in settings and not isinstance(
+                        word := settings["speculation"], dict):
+                    settings["speculation"] = {"algorithm": word}
+                    if key in origins:
+                        origins[f"{key}.algorithm"] = origins[key]
 
 
 def _fan_out(data: dict[str, Any], origins: Origins) -> None:
@@ -85,78 +114,51 @@ def _fan_out(data: dict[str, Any], origins: Origins) -> None:
             del origins[o]
 
 
-def _by_role(sets: list[str]) -> list[str]:
-    """The overrides, role-less ones by role and first: a role's own key wins over one that stands for several."""
-    shared, own = [], []
+def _override(data: dict[str, Any], origins: Origins, sets: list[str]) -> None:
+    """Apply the overrides. Those without a role come last, for the roles that no other override gives the key: a role's
+    own key wins over one that stands for several."""
+    role_less: dict[str, str] = {}
+    given: set[str] = set()
+
+    def apply(key: str, equals: str, raw: str) -> set[str]:
+        paths = _apply(data, key, equals, raw)
+        for k in [k for k in origins if k == key or k.startswith(f"{key}.")]:
+            del origins[k]
+        origins.update(dict.fromkeys(paths, "--set"))
+        _spell_out(data, origins)
+        return paths
+
     for override in sets:
-        key, equals, value = override.partition("=")
-        parts = key.strip().split(".")
-        if len(parts) > 1 and parts[0] == "generation" and parts[1] in ALIASES:
-            warn_role_less(parts[1], "--set")
-            shared += [f"generation.{role}.{'.'.join(parts[1:])}{equals}{value}" for role in ALIASES[parts[1]]]
+        key, equals, raw = override.partition("=")
+        key = re.sub(r"^servers\.(?=[0-9])", "servers.generator.", key.strip())
+        if key.split(".")[1:2] and key.startswith("generation.") and key.split(".")[1] in ALIASES:
+            role_less[key] = f"{equals}{raw}"
         else:
-            own.append(override)
-    return [*shared, *own]
+            given |= apply(key, equals, raw)
+    for key, rest in role_less.items():
+        name = key.split(".")[1]
+        warn_role_less(name, "--set")
+        for role in ALIASES[name]:
+            own = f"generation.{role}.{key.removeprefix('generation.')}"
+            if not any(k == own or k.startswith(f"{own}.") or (k.count(".") > 1 and own.startswith(f"{k}."))
+                       for k in given):
+                apply(own, rest[:1], rest[1:])
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that keeps `1e-3` a number (YAML 1.1 reads it as text)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."),
-)
-
-
-def _parse(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    try:
-        root = yaml.compose(text, Loader=_Loader)
-        data = yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(data, dict) or root is None:
-        raise InputError(f"{path}: a config is a mapping of keys (run, model, sources, heuristics, ...)")
-    lines: dict[str, int] = {}
-    _collect(root, "", lines, path)
-    return data, lines
-
-
-def _collect(node: yaml.Node, prefix: str, lines: dict[str, int], path: Path) -> None:
-    """Line numbers of every key; a key given twice in one mapping is an error."""
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                raise InputError(f"{path}:{line}: the key '{prefix}{key.value}' is given twice")
-            seen.add(key.value)
-            lines[f"{prefix}{key.value}"] = line
-            _collect(value, f"{prefix}{key.value}.", lines, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for n, value in enumerate(node.value):
-            lines[f"{prefix}{n}"] = value.start_mark.line + 1
-            _collect(value, f"{prefix}{n}.", lines, path)
-
-
-def _apply(data: dict[str, Any], override: str) -> str:
-    """Set one `key.path=value` (value in YAML) in `data`; returns the key."""
-    key, equals, raw = override.partition("=")
-    key = key.strip()
+def _apply(data: dict[str, Any], key: str, equals: str, raw: str) -> set[str]:
+    """Set `key` of `data` to a value in YAML; the keys that this gives, its own and those inside of the value."""
     if not equals or not key:
-        raise InputError(f"--set {override}: write key.path=value, such as --set scoring.top_k=2")
+        raise InputError(f"--set {key}{equals}{raw}: write key.path=value, such as --set scoring.top_k=2")
     try:
-        value = yaml.load(raw, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError:
-        raise InputError(f"--set {override}: the value is not valid YAML") from None
+        value = parse_value(raw)
+    except ValueError as error:
+        raise InputError(f"--set {key}={raw}: the value is not valid YAML: {error}") from None
     target: Any = data
     parts = key.split(".")
     for n, part in enumerate(parts):
         last = n == len(parts) - 1
         if isinstance(target, list):
-            if not part.isdigit() or int(part) >= len(target):
+            if not (part.isascii() and part.isdigit() and len(part) < 10) or int(part) >= len(target):
                 raise InputError(f"--set {key}: '{'.'.join(parts[:n])}' is a list of {len(target)}; "
                                  f"'{part}' must be a number from 0 to {len(target) - 1}")
             index: Any = int(part)
@@ -170,7 +172,15 @@ def _apply(data: dict[str, Any], override: str) -> str:
             if isinstance(target, dict) and target.get(index) is None:
                 target[index] = {}
             target = target[index]
-    return key
+    return {key, *(f"{key}.{inside}" for inside in _paths(value))}
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """The dotted keys inside of nested mappings and lists, those of containers as well."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        yield str(key)
+        yield from (f"{key}.{inside}" for inside in _paths(child))
 
 
 def _model_at(location: tuple[Any, ...]) -> type[BaseModel] | None:
@@ -221,8 +231,15 @@ def _explain(error: Any, path: Path, origins: Origins) -> str:
         allowed = error.get("ctx", {}).get("expected", "")
         options = [o.strip(" '") for o in allowed.replace(" or ", ", ").split(",")]
         return f"{where}: {key}: unknown value {given!r}{did_you_mean(str(given), options)} Allowed: {allowed}."
-    shown = "" if isinstance(given, (dict, list)) or error["type"] == "value_error" else f" (given: {given!r})"
-    return f"{where}: {key + ': ' if key else ''}{message[:1].lower()}{message[1:]}{shown}"
+    shown = "" if isinstance(given, (dict, list)) or error["type"] == "value_error" else f" (given: {_safe(given)})"
+    quoted = "; put it in quotes" if error["type"] == "string_type" and shown and given is not None else ""
+    said = message if message[1:2].isupper() else f"{message[:1].lower()}{message[1:]}"
+    return f"{where}: {key + ': ' if key else ''}{said}{shown}{quoted}"
+
+
+def _safe(given: Any) -> str:
+    """A value for a message, without what an address has before its @."""
+    return reprlib.repr(re.sub(r"//[^/\s]*@", "//***@", given) if isinstance(given, str) else given)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -240,13 +257,16 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def origins_of(config: RunConfig) -> Origins:
+    """The origins of a config that came without any, as from Prefect: what it was given, and the defaults."""
+    given = flatten(config.model_dump(mode="json", exclude_unset=True))
+    return {key: "config" if key in given else "default" for key in flatten(config.model_dump(mode="json"))}
+
+
 def _all_origins(config: RunConfig, given: Origins) -> Origins:
-    """An origin for every leaf: its own, its nearest given parent's if that was a leaf, or default."""
+    """An origin for every leaf: that of its key, --set where a part of it (an item of a list) was, or default."""
     out = {}
     for key in flatten(config.model_dump(mode="json")):
-        known_at = key
-        while known_at and known_at not in given:
-            known_at = known_at.rpartition(".")[0]
-        is_set = known_at == key or (known_at and given[known_at].startswith("--"))
-        out[key] = given[known_at] if is_set else "default"
+        changed = any(origin.startswith("--") for k, origin in given.items() if k.startswith(f"{key}."))
+        out[key] = "--set" if changed else given.get(key, "default")
     return out

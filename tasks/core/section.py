@@ -5,15 +5,33 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
-_SECRET = re.compile(r"(^|-)(key|token|password|passwd|secret|credentials?)$|key-b$|watermark-config|headers?$")
+_SECRET = re.compile(r"(^|-|api|auth|access|hf)(key|token|password|passwd|secret|credentials?)$|key-b$|watermark-config"
+                     r"|headers?$")
+_USER = re.compile(r"https?://[^/\s]*@|://[^/\s]*:[^/\s]*@")  # a name alone may be a token where it is http
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class Section(BaseModel):
     """A part of the config: frozen, unknown keys refused, docstrings are the fields' help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        given = value if isinstance(value, list) else [value]
+        if any(isinstance(v, bool) for v in given) and cls._wants_numbers(info.field_name):
+            raise ValueError("must be a number, not yes or no (true or false)")
+        if any(isinstance(v, str) and _HALF.search(v) for v in given):
+            raise ValueError("has half of a surrogate pair in it, which is no text")
+        return 0.0 if isinstance(value, float) and value == 0 else value  # -0.0 is the same number under another id
+
+    @classmethod
+    def _wants_numbers(cls, name: str | None) -> bool:
+        kinds = str(cls.model_fields[name].annotation) if name else ""
+        return bool(re.search(r"\b(int|float)\b", kinds)) and "bool" not in kinds
 
 
 def words(**also: tuple[Any, ...]) -> BeforeValidator:
@@ -46,8 +64,20 @@ def is_secret(flag: str) -> bool:
     return bool(_SECRET.search(flag.lstrip("-").lower().replace("_", "-")))
 
 
+def _no_user(address: str) -> str:
+    if _USER.search(address):
+        raise ValueError("has a user or a password in the address, and the config ends in run.json, where no secret "
+                         "belongs; give it by the environment or a file of the storage's own")
+    return address
+
+
+Address = Annotated[str, AfterValidator(_no_user)]
+"""A path or a URL, without anybody's name and password in it."""
+
+
 def _no_secrets(flags: dict[str, Any]) -> dict[str, Any]:
-    if found := [name for name in flags if is_secret(name)]:
+    if found := [name for name, value in flags.items()
+                 if is_secret(name) or (isinstance(value, str) and _USER.search(value))]:
         raise ValueError(f"{', '.join(found)}: the config ends in run.json, where no secret belongs; let the server "
                          "have it from its environment or a file of its own")
     return flags

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.context import Context
+from tasks.core.config import Source
 from tasks.core.heuristics import Heuristic
 from tasks.core.identity import CellIds
 from tasks.core.tokenizer import decode_all
@@ -42,6 +43,13 @@ class Cell:
                 "heuristic": self.heuristic.name, "seed": self.seed}
 
 
+def _own(source: Source) -> Row:
+    """What a source does to the requests of its rows: a row's id does not say which of its columns was asked, nor under
+    which system prompt."""
+    system = {} if source.system_prompt is None else {"system_prompt": source.system_prompt or None}
+    return {"text_key": source.text_key, **system}
+
+
 class Grid:
     """The cells of one shard."""
 
@@ -54,8 +62,8 @@ class Grid:
         generation = ctx.generation("generator")
         self.max_new_tokens = generation["max_new_tokens"]
         self.model = config.model.path
-        self._ids = CellIds(generation["seed"], config.model.path, config.model.revision,
-                            ctx.raw["candidate_identity"])
+        self._ids = {source.name: CellIds(generation["seed"], config.model.path, config.model.revision,
+                                          ctx.raw["candidate_identity"] | _own(source)) for source in config.sources}
         self._per_prompt = len(self.heuristics) * len(self.seeds)
         self.block_prompts = max(1, BLOCK_ROWS // self._per_prompt)
 
@@ -67,7 +75,7 @@ class Grid:
         at, rest = divmod(number, self._per_prompt)
         which, nth = divmod(rest, len(self.seeds))
         prompt, (heuristic, hid), seed = self.prompts[at], self.heuristics[which], self.seeds[nth]
-        name, drawn = self._ids(prompt["prompt_id"], hid, seed)
+        name, drawn = self._ids[prompt["source"]](prompt["prompt_id"], hid, seed)
         return Cell(number, name, prompt, heuristic, hid, seed, drawn)
 
     @property

@@ -226,9 +226,10 @@ def _mismatches(ctx: Context) -> list[str]:
     """In what servers were not what the run asked for, as it allowed; and in what they were unlike each other."""
     found: dict[str, int] = {}
     for role, servers in (ctx.raw.get("servers") or {}).items():
-        for server in servers or []:
+        for server in servers or [] if role == "generator" or "quality" in ctx.config.labels else ():
             for d in server.get("mismatch") or []:
-                text = f"a {role} server was used with {d['field']} {d['found']}, the run asked for {d['asked']}"
+                wanted = "left that to SGLang" if d["asked"] is None else f"asked for {d['asked']}"
+                text = f"a {role} server was used with {d['field']} {d['found']}, the run {wanted}"
                 found[text] = found.get(text, 0) + 1
     unlike = sum(map(len, (ctx.raw.get("servers_differ") or {}).values()))
     return [f"{text} ({n} of them)." if n > 1 else f"{text}." for text, n in found.items()] + (

@@ -58,6 +58,9 @@ def test_a_server_that_is_not_what_is_expected_is_exit_code_2_and_gets_no_reques
         assert "dtype bfloat16 float16 start it with --dtype=bfloat16, or expect: {dtype: float16}" in said
         code, said = winnow("servers", "check", path, "--allow-mismatch")
         assert code == 0 and "differs, allowed" in said
+        whole = "all at once: expect: {dtype: float16, mask_limit: 9}"
+        path = write({one.url: {"dtype": "bfloat16", "mask_limit": 9}, two.url: {"context_length": 512}})
+        assert whole in winnow("run", path)[1] and whole in winnow("servers", "check", path)[1]
         assert winnow("servers", "check", write({one.url: {"dtype": "half"}, two.url: {"context_length": 512}}))[0] == 0
 
 

@@ -58,7 +58,7 @@ def test_cells_are_every_prompt_heuristic_and_seed_in_this_order(prompts, heuris
 @given(**SIZES)
 def test_a_cells_ids_are_those_of_the_identity_module(prompts, heuristics, seeds, block_rows):
     grid = make([f"p{n}" for n in range(prompts)], [0.5 + n / 10 for n in range(heuristics)], list(range(seeds)), block_rows)
-    generation = GENERATION.identity()
+    generation = GENERATION.identity() | {"text_key": "prompt"}  # of the source: which column was asked
     for c in cells(grid):
         p, h = c.prompt["prompt_id"], c.heuristic.id
         assert c.heuristic_id == h

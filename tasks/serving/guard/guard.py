@@ -22,11 +22,12 @@ from tasks.serving.client import ServerFacts
 from tasks.serving.compile import SENT
 from tasks.serving.guard import told
 from tasks.serving.guard.asked import BY_FLAG, DRAFT, FIELDS, REVISION, SHAPING, Asked, Field, asked_of, of_flag
+from tasks.serving.guard.model_dtype import model_dtype
 from tasks.serving.guard.same_model import is_folder, same_commit, same_model, snapshot
 from tasks.serving.launch.launch_spec import LaunchSpec
 
-__all__ = ["RECORDED", "Asked", "Comparison", "Difference", "asked_of", "changed", "compare", "differences", "placed",
-           "table", "text", "told_by", "unlike", "without_left_out"]
+__all__ = ["RECORDED", "Asked", "Comparison", "Difference", "asked_of", "changed", "compare", "differences",
+           "expected", "placed", "table", "text", "told_by", "unlike", "without_left_out"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Difference:
     @property
     def mend(self) -> str:
         """What to do about a server that somebody else runs."""
-        return ", or ".join(filter(None, [f"start it {self.start}" if self.start else "", self.written("expect")]))
+        left_out = f"leave {self.field} out" if self.start and self.found is None else ""
+        return ", or ".join(filter(None, [f"start it {self.start}" if self.start else "",
+                                          self.written("expect") or left_out]))
 
     def written(self, under: str) -> str:
         """The line for the config under which the server is what is meant; empty where none can say it."""
@@ -163,6 +166,10 @@ class _Comparing:
         if field.name == "context_length" and self.facts.context:
             return True, self.facts.context
         raw = self.info.get(field.key)
+        if field.name == "dtype" and raw is not None and field.canonical(raw) is None:
+            if resolved := model_dtype(self.facts.model_path, self.asked.model):
+                self.notes.append(f"dtype was left to SGLang, which makes {resolved} of it for this model")
+            return True, resolved
         unclear = field.key not in self.info or isinstance(told.scalar(raw), (dict, list))
         if field.name.startswith("flags.") and unclear:
             return is_known, was_told
@@ -316,6 +323,20 @@ def text(found: Iterable[Difference], mend: Mend = "expect") -> str:
     rows = [("setting", "asked for", "it is", *([] if mend == "none" else ["to mend"])), *table(found, mend)]
     widths = [*(max(len(row[n]) for row in rows) for n in range(3)), 0]
     return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def expected(found: Iterable[Difference], given: Mapping[str, Any]) -> str:
+    """The whole `expect` under which a server is what is meant, with what is `given` there already; empty where it
+    can't be said, or is what the only row says."""
+    found = list(found)
+    if not all(d.expect for d in found) or (len(found) < 2 and not given):
+        return ""
+    whole = dict(given)
+    for name, value in ((n, v) for d in found for n, v in (d.expect or {}).items()):
+        whole[name] = {**whole.get(name, {}), **value} if name == "flags" else value
+    if "flags" in whole:
+        whole["flags"] = {n: "<secret>" if is_secret(n) else v for n, v in whole["flags"].items()}
+    return f"expect: {_yaml(whole)}"
 
 
 def _word(value: Any) -> str:

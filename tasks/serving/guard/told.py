@@ -10,8 +10,8 @@ from typing import Any
 from tasks.serving.launch.flags import plain
 
 _ALIASES = {"model": "model-path", "tensor-parallel-size": "tp-size", "data-parallel-size": "dp-size",
-            "pipeline-parallel-size": "pp-size", "expert-parallel-size": "ep-size", "ep": "ep-size",
-            "speculative-draft-model": "speculative-draft-model-path"}
+            "pipeline-parallel-size": "pp-size", "expert-parallel-size": "ep-size", "ep": "ep-size", "tp": "tp-size",
+            "dp": "dp-size", "pp": "pp-size", "speculative-draft-model": "speculative-draft-model-path"}
 _DTYPES = {"half": "float16", "fp16": "float16", "f16": "float16", "bf16": "bfloat16", "float": "float32",
            "fp32": "float32", "f32": "float32"}
 _NOT_SET = ("", "auto", "none", "null")

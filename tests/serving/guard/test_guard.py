@@ -24,6 +24,7 @@ from tasks.serving.guard.guard import (
     changed,
     compare,
     differences,
+    expected,
     placed,
     table,
     text,
@@ -363,13 +364,38 @@ def test_a_difference_says_what_is_asked_what_is_found_and_how_to_mend_it():
     found = differences(wanted({"dtype": "bfloat16"}, revision=COMMIT),
                         server(dtype="half", context_length=512, enable_deterministic_inference=False))
     assert table(found) == [
-        ("revision", COMMIT, "not set", f"start it with --revision={COMMIT}"),
+        ("revision", COMMIT, "not set", f"start it with --revision={COMMIT}, or leave revision out"),
         ("dtype", "bfloat16", "float16", "start it with --dtype=bfloat16, or expect: {dtype: float16}"),
         ("context_length", "not set", "512", "start it without --context-length, or expect: {context_length: 512}"),
         ("deterministic", "yes", "no",
          "start it with --enable-deterministic-inference, or expect: {deterministic: false}")]
     line = " ".join(text(found).splitlines()[2].split())
     assert line == "dtype bfloat16 float16 start it with --dtype=bfloat16, or expect: {dtype: float16}"
+
+
+def test_all_differences_together_are_one_line_for_the_config():
+    found = differences(wanted({"mask_limit": 8, "flags": {"tp-size": 2}}),
+                        server(dtype="half", enable_deterministic_inference=False, kv_cache_dtype="fp8_e5m2", tp_size=1))
+    assert expected(found, {"mask_limit": 8, "flags": {"tp-size": 2}}) == (
+        "expect: {mask_limit: 8, flags: {tp-size: 1, kv-cache-dtype: fp8_e5m2}, dtype: float16, deterministic: false}")
+    assert "api-key: <secret>" in expected(found, {"flags": {"api-key": "hush"}})
+    assert expected(found[:1], {}) == ""  # its own row says it
+    assert expected([*found, *differences(wanted(revision=COMMIT), server())], {}) == ""  # not all of it can be said
+
+
+@pytest.mark.parametrize(("config", "resolved"), [
+    ({"dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": "float16"}, "float16"), ({"dtype": "float32"}, "float16"),
+    ({}, "float16"), ({"dtype": "float32", "model_type": "gemma2"}, "bfloat16"),
+    ({"dtype": "bfloat16", "text_config": {"hidden_size": 8}}, None), (None, None)])
+def test_a_dtype_that_was_left_to_sglang_is_what_it_makes_of_the_models(tmp_path, config, resolved):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    left_open = server(str(tmp_path), url="http://127.0.0.1:1", resolved={"dtype": "auto"})
+    for asked in ("bfloat16", "float16", "float32"):
+        found = compare(wanted({"dtype": asked}, model=str(tmp_path)), left_open)
+        assert [(d.field, d.found) for d in found.differences] == ([] if asked == resolved else [("dtype", resolved)])
+        assert bool(found.notes) is bool(resolved)
+    assert not differences(wanted(model=str(tmp_path)), left_open)
 
 
 SETTINGS = st.fixed_dictionaries({}, optional={
