@@ -6,13 +6,14 @@ interrupted, run it again to resume.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -280,7 +281,23 @@ def status(run_name: RunArg, runs_dir: RunsDir = "data/runs") -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command and exits with the contract's code."""
-    sys.exit(_exit_code(lambda: app(arguments, standalone_mode=False)))
+    code = _exit_code(lambda: app(arguments, standalone_mode=False))
+    if arguments is None:
+        _leave(code)
+    sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process, without taking the interpreter apart.
+
+    Threads of native libraries live on while that is done, and have crashed finished runs: a signal's number in place
+    of the exit code.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _exit_code(command: Callable[[], Any]) -> int:

@@ -231,7 +231,7 @@ def test_one_value_in_two_spellings_is_one_value(expect, flags):
 
 @pytest.mark.parametrize(("line", "flags"), [
     ("--model-path=m --dtype=half --enable-metrics", {"model-path": "m", "dtype": "half", "enable-metrics": True}),
-    ("--model m --tp 2 --no-x", {"model-path": "m", "tp": "2", "x": False}),
+    ("--model m --tp 2 --no-x", {"model-path": "m", "tp-size": "2", "x": False}),
     ('--json-model-override-args {"a": -1, "b": 2} --port 1', {"json-model-override-args": '{"a": -1, "b": 2}',
                                                               "port": "1"}),
     ("--dtype half --dtype float16", {"dtype": "float16"}), ("--tensor-parallel-size 4", {"tp-size": "4"}),
