@@ -72,6 +72,7 @@ def process() -> Iterator[tuple[list[dict[str, Any]], Ask]]:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the installed SGLang's answer is kept, asked as a launch asks it."""
     folder = tmp_path_factory.mktemp("flags")
+    flags_probe._KNOWN.clear()  # whoever launched before in this process has asked
     command_line(SPEC, 1, cache_dir=folder)
     return folder
 
