@@ -11,8 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
-# no timed assertion: a busy machine is no failure
-hypothesis.settings.register_profile("winnow", deadline=None)
+# No timed assertion: a busy machine is no failure. `winnow` repeats the same examples, `explore` (make explore) draws
+# new ones. Hypothesis' explain phase traces every line: a slow test would then time out and hide what it found.
+PHASES = [phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain]
+hypothesis.settings.register_profile("explore", deadline=None, phases=PHASES, print_blob=True)
+hypothesis.settings.register_profile("winnow", hypothesis.settings.get_profile("explore"), derandomize=True, database=None)
 hypothesis.settings.load_profile("winnow")
 
 

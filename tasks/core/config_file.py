@@ -24,8 +24,13 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-                              list("-+0123456789."))
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that puts in quotes what `_Loader` would take for a number."""
+
+
+for _either in (_Loader, _Dumper):
+    _either.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+                                  list("-+0123456789."))
 
 
 def parse_value(text: str) -> Any:
@@ -36,6 +41,18 @@ def parse_value(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark and mark.line else ""
         raise ValueError(where + (getattr(error, "problem", None) or "nested too deeply")) from None
+
+
+def as_yaml(value: Any) -> str:
+    """A plain value as YAML that people can read and that reads back as itself; keys in their order."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    try:
+        if parse_value(text) == value:
+            return text
+    except ValueError:
+        pass
+    # PyYAML writes U+0085 as it is, and reads it as the end of a line
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False))
 
 
 def parse(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:

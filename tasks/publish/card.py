@@ -7,10 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from tasks.context import Context
 from tasks.core import schema
+from tasks.core.config_file import as_yaml
 from tasks.core.generation import CUTS
 from tasks.publish.report_counts import defect_kinds, funnel_steps
 from tasks.publish.report_parts import RANKED_BY, count, escape, figure_text, markdown_table, num, pct
@@ -33,7 +33,7 @@ def card(ctx: Context, data: dict[str, Any], splits: dict[str, int]) -> str:
     splits = {split: rows for split, rows in splits.items() if rows}
     columns = _columns(ctx, splits)
     parts = [
-        f"---\n{yaml.safe_dump(front_matter(ctx, splits), sort_keys=False, allow_unicode=True)}---",
+        f"---\n{as_yaml(front_matter(ctx, splits))}---",
         *_about(ctx, data, splits), *_counts(data), *_sources(ctx, data), *_sampling(ctx, data),
         *_labels(ctx, data, columns), *_made_with(ctx, data), *_column_table(columns),
         *_limits(data, ctx), *_use(splits), *_rebuild(ctx),
@@ -248,7 +248,7 @@ def _use(splits: dict[str, int]) -> list[str]:
 
 
 def _rebuild(ctx: Context) -> list[str]:
-    text = yaml.safe_dump(rebuild_config(ctx), sort_keys=False, allow_unicode=True).rstrip("\n")
+    text = as_yaml(rebuild_config(ctx)).rstrip("\n")
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     files = (" The heuristics of `heuristics.files` are in the table above." if ctx.config.heuristics.files else "")
     return ["## How to build it again", "",

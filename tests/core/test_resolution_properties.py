@@ -19,6 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tasks.core.config import RunConfig
+from tasks.core.config_file import as_yaml
 from tasks.core.config_generation import ALIASES, ROLES, GeneratorConfig, RoleLessKey
 from tasks.core.errors import InputError
 from tasks.core.generation import Value, complete, resolve_role
@@ -74,7 +75,7 @@ def layer(but: tuple[str, ...] = ()) -> st.SearchStrategy[dict[str, Any]]:
 LAYERS = st.fixed_dictionaries({place: layer() for place in PLACES})
 
 
-def as_yaml(given: dict[str, dict[str, Any]], first: int) -> tuple[str, dict[tuple[str, str], int]]:
+def layer_yaml(given: dict[str, dict[str, Any]], first: int) -> tuple[str, dict[tuple[str, str], int]]:
     """A `generation` section, a key a line, and the lines."""
     lines, at = ["generation:"], {}
     for place in PLACES:
@@ -125,7 +126,7 @@ MODEL_FILE = st.fixed_dictionaries({}, optional={n: st.sampled_from(SENT[n]) for
 @settings(max_examples=60)
 @given(LAYERS, LAYERS, MODEL_FILE, st.randoms(use_true_random=False))
 def test_every_field_and_its_origin_are_those_of_the_rule(file, sets, model, shuffle):
-    text, at = as_yaml(file, first=GOOD.count("\n") + 2)
+    text, at = layer_yaml(file, first=GOOD.count("\n") + 2)
     options = [f"generation.{name if place == 'alias' else f'{place}.{name}'}={json.dumps(value)}"
                for place in PLACES for name, value in sets[place].items()]
     shuffle.shuffle(options)  # in whatever order they stand on the command line
@@ -435,21 +436,26 @@ CONFIG = some(
 
 @settings(max_examples=25)
 @given(CONFIG)
+@example({"run": "r", "model": {"path": "m"}, "sources": [{"name": "s", "path": "p.jsonl"}], "heuristics": {},
+          "runs_dir": "a\x85b"})
+@example({"run": "r", "model": {"path": "m"}, "sources": [{"name": "s", "path": "p.jsonl"}],
+          "heuristics": {"family": "llama", "files": ["0E0", "1e-3"]}})
 def test_a_config_is_the_same_after_json_after_yaml_and_after_itself(raw):
     config = RunConfig.model_validate(raw)
     text = config.model_dump_json()
     assert RunConfig.model_validate_json(text) == config
     assert RunConfig.model_validate_json(text).identity() == config.identity()
     plain = config.model_dump(mode="json")
-    jsonschema.validate(plain, SCHEMA)
+    VALIDATOR.validate(plain)
     assert RunConfig.model_validate(plain) == config
     assert all(isinstance(v, (str, int, float, bool, list, dict, type(None))) for v in flatten(plain).values())
     assert not any(isinstance(v, float) and not math.isfinite(v) for v in flatten(plain).values())
-    with config_file(yaml.safe_dump(plain, allow_unicode=True)) as path:
+    with config_file(as_yaml(plain)) as path:
         assert load_config(path)[0] == config
 
 
 SCHEMA = RunConfig.model_json_schema()
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
 def test_the_form_that_a_ui_makes_of_the_config_takes_the_demo():
