@@ -1,4 +1,5 @@
-"""The other clients, each in a process of its own: a bare aiohttp loop, and threads with `requests`.
+"""The other clients, each in a process of its own: a bare aiohttp loop, and threads with `requests` (candidates or
+judgements).
 
     .venv/bin/python benchmarks/clients.py '{"how": "bare", "urls": [...], "in_flight": 64, ...}'
 
@@ -70,10 +71,42 @@ def threads(urls: list[str], queue: Iterator[Payload], in_flight: int, out: Path
     return answered
 
 
+def judge(job: dict[str, Any]) -> int:
+    """Judgements as they come out of the usual script: each prompt rendered and encoded whole, one request each, a
+    connection a request, all futures made at the start; answers."""
+    import requests
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from tasks.core.chat_template import chat_template
+    from tasks.core.config import ModelRef
+    from tasks.core.tokenizer import load_tokenizer
+    from tasks.labels.quality.templates import FEW_SHOT
+
+    tokenizer = load_tokenizer(ModelRef(path=job["model"]))
+    chat, texts = chat_template(tokenizer), json.loads(Path(job["payloads"]).read_bytes())
+    ids = list(FEW_SHOT.verdict_token_ids(tokenizer, chat))
+    job["began"], job["cpu"] = time.monotonic(), time.process_time()
+
+    def ask(n: int) -> bool:
+        a, b = texts[n % len(texts)], texts[(7 * n + 1) % len(texts)]
+        payload = {"input_ids": FEW_SHOT.render(tokenizer, "Which is better?", a, b, chat=chat), "rid": f"{n:032x}",
+                   "sampling_params": {"max_new_tokens": 1}, "return_logprob": True, "token_ids_logprob": ids}
+        answer = requests.post(job["urls"][0] + "/generate", json=payload, timeout=300)
+        return len(answer.json()["meta_info"]["output_token_ids_logprobs"][0]) == 2
+
+    with ThreadPoolExecutor(max_workers=job["in_flight"]) as pool:
+        return sum(pool.map(ask, range(job["requests"])))
+
+
 def main() -> None:
     """Do as the first argument says."""
     job = json.loads(sys.argv[1])
     urls, in_flight = job["urls"], job["in_flight"]
+    if job["how"] == "judge":
+        answered = judge(job)
+        print(json.dumps({"answered": answered, "wall_s": time.monotonic() - job["began"],
+                          "cpu_s": time.process_time() - job["cpu"]}))
+        return
     queue = payloads([json.loads(line) for line in Path(job["payloads"]).read_bytes().splitlines()], job["requests"])
     began, cpu = time.monotonic(), time.process_time()
     if job["how"] == "threads":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import struct
 import time
@@ -19,12 +20,12 @@ VARIANTS = 64
 class Answers:
     """Whole answers but for id and prompt length; which one a request gets depends on its id alone."""
 
-    def __init__(self, tokens: int, model_path: str, vocab: int, latency_s: float) -> None:
-        self._parts = [_parts(*answer, latency_s) for answer in _texts(tokens, model_path, vocab)]
+    def __init__(self, tokens: int, model_path: str, vocab: int, latency_s: float, variants: int = VARIANTS) -> None:
+        self._parts = [_parts(*answer, latency_s) for answer in _texts(tokens, model_path, vocab, variants)]
 
     def bytes(self, rid: bytes, prompt_tokens: bytes) -> bytes:
         """The HTTP answer."""
-        before, between, after, size = self._parts[zlib.crc32(rid) % VARIANTS]
+        before, between, after, size = self._parts[zlib.crc32(rid) % len(self._parts)]
         return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b%b%b%b%b" % (
             size + len(rid) + len(prompt_tokens), before, rid, between, prompt_tokens, after)
 
@@ -40,7 +41,7 @@ def _parts(text: str, ids: list[int], logprobs: list[float], latency_s: float) -
     return before, between, after, len(before) + len(between) + len(after)
 
 
-def _texts(tokens: int, model_path: str, vocab: int) -> list[tuple[str, list[int], list[float]]]:
+def _texts(tokens: int, model_path: str, vocab: int, variants: int) -> list[tuple[str, list[int], list[float]]]:
     """(text, ids, logprobs), ids of the model's tokenizer; letters as bytes where there is no tokenizer."""
     encode = decode = None
     if (file := Path(model_path) / "tokenizer.json").exists():
@@ -50,7 +51,7 @@ def _texts(tokens: int, model_path: str, vocab: int) -> list[tuple[str, list[int
         encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
         decode = tokenizer.decode
     out = []
-    for n in range(VARIANTS):
+    for n in range(variants):
         rng = random.Random(n)
         text = " ".join(rng.choices(WORDS, k=tokens + 1))
         ids = (encode(text) if encode else list(text.encode()))[:tokens]
@@ -59,6 +60,21 @@ def _texts(tokens: int, model_path: str, vocab: int) -> list[tuple[str, list[int
         logprobs = [struct.unpack("f", struct.pack("f", -rng.expovariate(1)))[0] for _ in ids]  # as torch's float32
         out.append((decode(ids) if decode else bytes(ids).decode(), ids, logprobs))
     return out
+
+
+def judged(verdicts: tuple[bytes, bytes], prompts: list[bytes], rids: list[bytes], listed: bool) -> bytes:
+    """The HTTP answer to judgements, a list or a single one. A verdict depends on the prompt's ids alone; 2 % of the
+    mass go elsewhere."""
+    out = []
+    for prompt, rid in zip(prompts, rids, strict=True):
+        first = 0.05 + 0.9 * zlib.crc32(prompt) / 2**32
+        a, b = math.log(0.98 * first), math.log(0.98 * (1 - first))
+        out.append(b'{"text":"A","output_ids":[%b],"meta_info":{"id":"%b","finish_reason":{"type":"length","length":1},'
+                   b'"output_token_logprobs":[[%f,%b,null]],"output_token_ids_logprobs":[[[%f,%b,null],[%f,%b,null]]],'
+                   b'"prompt_tokens":1,"completion_tokens":1}}' % (
+                       verdicts[0], rid, a, verdicts[0], a, verdicts[0], b, verdicts[1]))
+    body = b"[" + b",".join(out) + b"]" if listed else out[0]
+    return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
 
 
 class Stats:

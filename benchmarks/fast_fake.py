@@ -21,10 +21,12 @@ import time
 from collections import deque
 from typing import IO, Any
 
-from fast_answers import Answers, Stats
+from fast_answers import VARIANTS, Answers, Stats, judged
 
 FAULTS = ("400", "429", "500", "503", "reset", "truncate", "hang", "garbage", "abort")
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
+_JUDGED = re.compile(rb'"token_ids_logprob"\s*:\s*\[(\d+),\s*(\d+)\]')
+_RIDS = re.compile(rb'"rid"\s*:\s*\[([^\]]*)\]')
 _RID = re.compile(rb'"rid"\s*:\s*"([^"]*)"')
 _EARLY_S = 0.0005  # uvloop's timers count in milliseconds: to the nearest one, neither late nor early on average
 
@@ -40,13 +42,41 @@ class Request:
         self.state = "waiting"  # then running, then over
 
 
+class Together:
+    """The judgements of one request: each takes a slot, and the answer is sent when all have theirs."""
+
+    def __init__(self, connection: Connection, verdicts: tuple[bytes, bytes], prompts: list[bytes],
+                 rids: list[bytes], listed: bool) -> None:
+        self._connection, self._left, self._over = connection, len(rids), False
+        self._answer = judged(verdicts, prompts, rids, listed)
+        self.requests = [Request(self, rid, b"0") for rid in rids]  # type: ignore[arg-type]
+
+    def send(self, _: bytes) -> None:
+        """One of them has its answer."""
+        self._left -= 1
+        if not self._left and not self._over:
+            self._connection.send(self._answer)
+
+    def fail(self, fault: str, _: bytes) -> None:
+        """One of them fails, and so all."""
+        if not self._over:
+            self._over = True
+            self._connection.fail(fault, self._answer)
+
+    def refuse(self, status: int, message: str) -> None:
+        """One of them finds no place, and so all."""
+        if not self._over:
+            self._over = True
+            self._connection.refuse(status, message)
+
+
 class Engine:
     """Slots and the queue in front of them. The latency is one for all, so that slots end in arrival order."""
 
     def __init__(self, options: argparse.Namespace, loop: asyncio.AbstractEventLoop) -> None:
         self.latency_s, self.free, self.queue = options.latency_s, options.concurrency, options.queue
         self.concurrency = options.concurrency
-        self.answers = Answers(options.tokens, options.model_path, options.vocab, options.latency_s)
+        self.answers = Answers(options.tokens, options.model_path, options.vocab, options.latency_s, options.variants)
         self.stats = Stats()
         self._faults, self._rng = options.faults, random.Random(options.seed)
         self._loop = loop
@@ -141,15 +171,15 @@ class Connection(asyncio.Protocol):
         self._engine, self._info, self._record = engine, info, record
         self._buffer = bytearray()
         self._start = self._need = 0
-        self._request: Request | None = None
+        self._requests: list[Request] = []
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment] (uvloop's is no asyncio.Transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._request is not None:
-            self._engine.gone(self._request)
+        for request in self._requests:
+            self._engine.gone(request)
 
     def data_received(self, data: bytes) -> None:
         buffer = self._buffer
@@ -177,8 +207,26 @@ class Connection(asyncio.Protocol):
         count = buffer.count(b",", ids, buffer.find(b"]", ids, need)) + 1 if ids >= 0 else 1
         if self._record is not None:
             self._record.add(buffer[start:need])
-        self._request = Request(self, bytes(found[1]) if found else b"", b"%d" % count)
-        self._engine.submit(self._request)
+        if judged := _JUDGED.search(buffer, start, need):
+            self._judge(bytes(buffer[start:need]), (judged[1], judged[2]))
+            return
+        self._requests = [Request(self, bytes(found[1]) if found else b"", b"%d" % count)]
+        self._engine.submit(self._requests[0])
+
+    def _judge(self, body: bytes, verdicts: tuple[bytes, bytes]) -> None:
+        begin = body.index(b"[", body.index(b'"input_ids"'))
+        if listed := body.startswith(b"[[", begin):
+            rids = _RIDS.search(body)
+            assert rids is not None, "several judgements come with their ids"
+            prompts = body[begin + 2:body.index(b"]]", begin)].split(b"],[")
+            names = [rid.strip(b'" ') for rid in rids[1].split(b",")]
+        else:
+            one = _RID.search(body)
+            prompts, names = [body[begin + 1:body.index(b"]", begin)]], [one[1] if one else b""]
+        together = Together(self, verdicts, prompts, names, listed)
+        self._requests = together.requests
+        for request in together.requests:
+            self._engine.submit(request)
 
     def _other(self, head: bytes) -> None:
         method, path = head.split(b" ", 2)[:2]
@@ -259,6 +307,7 @@ def _options() -> argparse.Namespace:
     add("--faults", type=_faults, default=[], metavar="KIND=SHARE,...", help=f"of {', '.join(FAULTS)}")
     add("--seed", type=int, default=0, help="seed of the faults")
     add("--tokens", type=int, default=64, help="tokens of an answer")
+    add("--variants", type=int, default=VARIANTS, help="different answers")
     add("--model-path", default="fake", help="what /model_info says; its tokenizer.json, if there, gives the ids")
     add("--vocab", type=int, default=10**9, help="ids stay below it")
     add("--no-seeds", action="store_true", help="say that requests' seeds are not honoured")

@@ -209,7 +209,7 @@ def warm_up(worker: Ours, folder: Path, tokens: int, name: str = "warm", prompts
 def other(how: str, urls: Sequence[str], payloads: Path, requests: int, in_flight: int, folder: Path) -> dict[str, Any]:
     """Run another client (see clients.py); what it took."""
     job = {"how": how, "urls": list(urls), "payloads": str(payloads), "requests": requests, "in_flight": in_flight,
-           "out": str(folder / f"{how}.jsonl")}
+           "out": str(folder / f"{how}.jsonl"), "model": str(model_folder())}
     done = subprocess.run([sys.executable, str(HERE / "clients.py"), json.dumps(job)], cwd=ROOT, check=True,
                           stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)

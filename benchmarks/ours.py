@@ -1,4 +1,4 @@
-"""Winnow's stages `generate` and `verify` without Prefect, in a process that is measured from outside.
+"""Winnow's stages (generate, verify, labels) without Prefect, in a process that is measured from outside.
 
     .venv/bin/python benchmarks/ours.py
 
@@ -41,22 +41,27 @@ def build(raw: dict[str, Any]) -> dict[str, Any]:
         with running(ctx, lambda _: None) as served:
             run_shards(lambda name, shard: ensure(stage(name), served, shard), served.shards,
                        served.config.engine.max_workers)
+            before = time.monotonic(), cpu_s()
+            for label in served.config.labels:
+                run_shards(lambda name, shard: ensure(stage(name), served, shard), served.shards,
+                           served.config.engine.max_workers, (label,))
+            labels = {"label_wall_s": time.monotonic() - before[0], "label_cpu_s": cpu_s() - before[1]}
     finally:
         release(ctx.url)
     del ctx
-    return {"wall_s": time.monotonic() - began, "cpu_s": cpu_s() - cpu, "opened_cpu_s": opened,
+    return labels | {"wall_s": time.monotonic() - began, "cpu_s": cpu_s() - cpu, "opened_cpu_s": opened,
             "rss_before_mib": rss, "rss_after_mib": rss_mib(), "peak_rss_mib": peak_rss_mib(),
             "usable": usable(Context(f"{raw['runs_dir']}/{raw['run']}"))}
 
 
-def run_shards(work: Callable[[str, int], Any], shards: int, workers: int) -> None:
+def run_shards(work: Callable[[str, int], Any], shards: int, workers: int, stages: tuple[str, ...] = STAGES) -> None:
     """Every stage of every shard, at most two shards a worker begun."""
     waiting = iter(range(shards))
     pending: dict[Future[Any], tuple[int, tuple[str, ...]]] = {}
     with ThreadPoolExecutor(workers) as pool:
         while True:
             for shard in itertools.islice(waiting, 2 * workers - len(pending)):
-                pending[pool.submit(work, STAGES[0], shard)] = (shard, STAGES[1:])
+                pending[pool.submit(work, stages[0], shard)] = (shard, stages[1:])
             if not pending:
                 return
             for future in wait(pending, return_when=FIRST_COMPLETED).done:

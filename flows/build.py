@@ -12,9 +12,10 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
+from flows.artifacts import artifact_key
 from flows.prepare import Plan, check, open_run, update_run
 from flows.servers import running
-from flows.stages import artifact_key, run_stages
+from flows.stages import run_stages
 from tasks.context import Context, context, reopen
 from tasks.core.config import RunConfig
 from tasks.core.errors import ThresholdError

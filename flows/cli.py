@@ -76,7 +76,8 @@ def run(config: ConfigArg, sets: SetOption = None, run_name: RunOption = None,
     terminal.notice(f"run {resolved.run}: {len(plan.prompts)} prompts x {len(plan.heuristics)} heuristics x "
                     f"{len(resolved.seeds)} seeds = {plan.requests} requests in {plan.shards} shards")
     from flows.prefect_server import prefect_api
-    from flows.servers import require_reachable, state_dir
+    from flows.seats import state_dir
+    from flows.servers import require_reachable
 
     if needs_servers(opened, deep=False):  # an early word; the flow reads the files
         require_reachable(resolved)

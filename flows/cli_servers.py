@@ -55,7 +55,7 @@ def servers_check(config: ConfigArg, sets: SetOption = None, allow_mismatch: Mis
     Exit code 2 where a server given by url differs (without --allow-mismatch), 4 where none answers.
     """
     from flows.probing import probe
-    from tasks.serving.guard.guard import expected, table
+    from tasks.serving.guard.guard import columns, expected, table
 
     found = probe(*_resolved(config, with_mismatch(sets, allow_mismatch)))
     shown = terminal.table(None, "entry", "server", "", "model", "seeds", "custom processors", "SGLang",
@@ -68,9 +68,10 @@ def servers_check(config: ConfigArg, sets: SetOption = None, allow_mismatch: Mis
     terminal.out.print(shown)
     for server in found:
         if server.differences:
-            columns = ["setting", "asked for", "it is", *(["to mend"] if server.seat.url else [])]
-            different = terminal.table(f"\n[bold]{server.seat.key}[/bold]  {server.url}", *columns, whole=("setting",))
-            for row in table(server.differences, "expect" if server.seat.url else "none"):
+            mend = "expect" if server.seat.url else "none"
+            different = terminal.table(f"\n[bold]{server.seat.key}[/bold]  {server.url}", *columns(mend),
+                                       whole=("setting",))
+            for row in table(server.differences, mend):
                 different.add_row(*map(escape, row))
             terminal.out.print(different)
             if server.seat.url and (whole := expected(server.differences, server.seat.expect)):

@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.core.chat_template import ChatTemplate, chat_template, system_turns
+from tasks.core.chat_template import ChatTemplate, apply, chat_template, system_turns
 from tasks.core.config import ModelRef, RunConfig
 from tasks.core.errors import InputError
 from tasks.core.heuristics import load_file
 from tasks.core.model_defaults import ModelDefaults, from_recorded, read_model_defaults
 from tasks.core.tokenizer import load_tokenizer
+from tasks.labels.quality.pointwise import no_reward_model
 from tasks.labels.quality.templates import JudgeTemplate, load_template
+from tasks.serving.launch.flags import flag_name
 
 log = logging.getLogger("winnow.prepare")
 
@@ -35,7 +37,7 @@ class Inputs:
     chat_templates: dict[str, ChatTemplate]
     """By role; the judge's only where it has work."""
     named_judge_template: JudgeTemplate | None
-    """The one that quality.template names."""
+    """The one that quality.template names; None where nothing is compared."""
     judge_system: str | None = None
     """generation.judge.system_prompt, in place of that template's own."""
 
@@ -43,7 +45,7 @@ class Inputs:
     def judge_template(self) -> JudgeTemplate | None:
         """The judge's template in use."""
         named = self.named_judge_template
-        return named if named is None or self.judge_system is None else named.with_system(self.judge_system)
+        return named and named.with_system(self.judge_system)
 
     def recorded(self, config: RunConfig) -> dict[str, Any]:
         """As `run.json` has it, each with the name that it stands for."""
@@ -87,18 +89,19 @@ def _gather(config: RunConfig, known: dict[str, Any]) -> Inputs:
     judge = None
     if "quality" in config.labels:
         templates["judge"] = _chat_template(config, "judge", known)
-        judge = _judge_template(config, known.get("judge_template"))
+        if config.quality.method == "tournament":
+            judge = _judge_template(config, known.get("judge_template"))
     return Inputs(heuristics, defaults, templates, judge, config.generation.judge.system_prompt)
 
 
-def model_of(config: RunConfig, role: str) -> tuple[ModelRef, str]:
+def _model(config: RunConfig, role: str) -> tuple[ModelRef, str]:
     """A role's model, and the config's key of it."""
-    return (config.model, "model.path") if role == "generator" else (config.judge_model, "quality.model.path")
+    return config.model_of(role), "quality.model.path" if role == "judge" else "model.path"
 
 
 def _template_name(config: RunConfig, role: str) -> dict[str, Any]:
     given = config.generation.role(role)
-    return {"model": model_of(config, role)[0].model_dump(), "chat_template": given.chat_template,
+    return {"model": config.model_of(role).model_dump(), "chat_template": given.chat_template,
             "date": given.template_date.isoformat()}
 
 
@@ -107,7 +110,7 @@ def _chat_template(config: RunConfig, role: str, known: dict[str, Any]) -> ChatT
     if before and before["name"] | {"date": None} == _template_name(config, role) | {"date": None}:
         found = ChatTemplate.from_recorded(before["content"])
         return dataclasses.replace(found, date=given.template_date) if found.stamps_date else found
-    tokenizer = load_tokenizer(*model_of(config, role), needs_template=given.chat_template is None)
+    tokenizer = load_tokenizer(*_model(config, role), needs_template=given.chat_template is None)
     return chat_template(tokenizer, given.chat_template, given.template_date, f"generation.{role}.chat_template")
 
 
@@ -121,13 +124,43 @@ def _judge_template(config: RunConfig, before: dict[str, Any] | None) -> JudgeTe
 
 
 def check_verdicts(config: RunConfig, inputs: Inputs) -> None:
-    """Raises InputError where the judge's verdicts are not one token each."""
-    if template := inputs.judge_template:
-        try:
-            template.verdict_token_ids(load_tokenizer(*model_of(config, "judge"), needs_template=False),
-                                       inputs.chat_templates["judge"])
-        except ValueError as error:
-            raise InputError(f"quality.template: {error}") from error
+    """Raises InputError where the judge's verdicts are not one token each, or its template leaves no room for texts."""
+    if not (template := inputs.judge_template):
+        return
+    tokenizer, chat = load_tokenizer(*_model(config, "judge"), needs_template=False), inputs.chat_templates["judge"]
+    try:
+        template.verdict_token_ids(tokenizer, chat)
+    except ValueError as error:
+        raise InputError(f"quality.template: {error}") from error
+    long = "a long text " * 20
+    try:
+        template.render(tokenizer, long, long, long, max_tokens=config.quality.max_prompt_tokens, chat=chat)
+    except ValueError as error:
+        raise InputError(f"quality.max_prompt_tokens: {str(error).removeprefix('max_tokens: ')}") from error
+
+
+def check_reward_model(config: RunConfig, inputs: Inputs) -> None:
+    """Raises InputError where a pointwise judge can't be one: nobody to serve it, a model that gives no single score,
+    a chat template that makes nothing of an answer."""
+    if "judge" not in inputs.chat_templates or config.quality.method != "pointwise":
+        return
+    if not config.servers.judge:
+        raise InputError("quality.method: pointwise asks a reward model, which the generators can't serve; give it its "
+                         "servers: servers.judge: [{launch: {model: FOLDER_OR_ID}}], or the url of one that runs; or "
+                         "take quality.method: tournament")
+    overridden = any(flag_name(name) == "json-model-override-args" for s in config.servers.judge
+                     for name in (*s.settings.flags, *config.generation.judge.engine))
+    if not overridden and (why := no_reward_model(config.judge_model)):
+        raise InputError(f"quality.model: {config.judge_model.path} is no reward model: {why}; name one with a scalar "
+                         "head (...ForSequenceClassification with one label, or ...ForRewardModel) in quality.model or "
+                         "servers.judge, or take quality.method: tournament")
+    tokenizer, answer = load_tokenizer(*_model(config, "judge"), needs_template=False), "sampleanswer"
+    system = [] if inputs.judge_system is None else [{"role": "system", "content": inputs.judge_system}]
+    turns = [*system, {"role": "user", "content": "samplequestion"}, {"role": "assistant", "content": answer}]
+    text = apply(tokenizer, [turns], inputs.chat_templates["judge"], answered=True)[0]
+    if answer not in text.casefold():
+        raise InputError("generation.judge.chat_template: it leaves the assistant's turn out, which is what a reward "
+                         f"model scores: a chat with the answer {answer!r} renders as {text[:200]!r}")
 
 
 def check_system_turns(config: RunConfig, inputs: Inputs, with_system: int) -> None:
@@ -139,7 +172,7 @@ def check_system_turns(config: RunConfig, inputs: Inputs, with_system: int) -> N
     for role, count in (("generator", with_system), ("judge", int(judge is not None and judge.system is not None))):
         if not count:
             continue
-        model, _ = model_of(config, role)
+        model = config.model_of(role)
         what = system_turns(load_tokenizer(model, needs_template=False), inputs.chat_templates[role])
         whose = f"{count} prompts have" if role == "generator" else "the judge's template has"
         if what == "raise":

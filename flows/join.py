@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flows.servers import ask_one
+from flows.seats import ask_one
 from flows.status import worker
 from tasks.context import ROLES, Context
 from tasks.core.config import ServerConfig

@@ -10,18 +10,19 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-from flows.inputs import Inputs, check_system_turns, check_verdicts, gather
+from flows.inputs import Inputs, check_reward_model, check_system_turns, check_verdicts, gather
 from tasks.context import RUN_JSON, Context
 from tasks.core.chat_template import DEFAULT_DATE
 from tasks.core.config import RunConfig
 from tasks.core.errors import InputError
-from tasks.core.generation import RoleGeneration, complete_all, resolve_role
+from tasks.core.generation import RoleGeneration, complete, resolve_role
 from tasks.core.heuristics import Heuristic, fold, unfolded
 from tasks.core.identity import digest
 from tasks.core.resolve import Origins, flatten, origins_of
 from tasks.core.store import Store
 from tasks.core.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from tasks.generation.prompts import PATH, PromptSet, read_prompts, shard_count, write_prompts
+from tasks.labels.quality.judgements import check_cache
 from tasks.serving.compile import ignored_by_speculation
 
 log = logging.getLogger("winnow.prepare")
@@ -54,6 +55,9 @@ class Sampling:
             out["generation"]["judge"] = self.generation["judge"].identity() | {
                 name: self.generation["judge"][name] for name in ("temperature", "top_k", "top_p", "min_p")} | {
                 "chat_template": self.inputs.chat_templates["judge"].digest, "template": template.digest}
+        elif "judge" in self.inputs.chat_templates:  # a reward model: nothing is sampled
+            out["generation"]["judge"] = {"chat_template": self.inputs.chat_templates["judge"].digest,
+                                          "system_prompt": self.inputs.judge_system}
         return out
 
     def candidate_identity(self, config: RunConfig) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def resolve_sampling(config: RunConfig, origins: Origins, recorded: dict[str, An
                   for role in inputs.chat_templates}
     family = config.heuristics.family
     found = unfolded(family, inputs.heuristics, model.processors if model else ())
-    done = fold(complete_all(found, generation["generator"], model, config.heuristics.fill_from_model))
+    done = fold(complete(h, generation["generator"], model, config.heuristics.fill_from_model) for h in found)
     return Sampling(inputs, generation, done, len(found))
 
 
@@ -111,13 +115,12 @@ class Plan:
         return len(self.prompts) * len(self.heuristics) * len(self.config.seeds)
 
     def judge_calls(self) -> int:
-        """Most judge calls the tournaments can take."""
+        """Most judge calls the labels can take."""
         if "quality" not in self.config.labels:
             return 0
-        from tasks.labels.quality.labeller import planned_calls
+        from tasks.labels.quality.labeller import calls_of
 
-        per_group = planned_calls(len(self.heuristics), self.config.quality.extra_rounds)
-        return len(self.prompts) * len(self.config.seeds) * per_group
+        return len(self.prompts) * len(self.config.seeds) * calls_of(len(self.heuristics), self.config)
 
 
 def check(config: RunConfig, origins: Origins, recorded: dict[str, Any] | None = None) -> Plan:
@@ -150,6 +153,7 @@ def check(config: RunConfig, origins: Origins, recorded: dict[str, Any] | None =
     try:
         check_system_turns(config, sampling.inputs, plan.prompts.with_system)
         check_verdicts(config, sampling.inputs)
+        check_reward_model(config, sampling.inputs)
         if recorded:
             _check_same_prompts(plan, recorded)
     except InputError:
@@ -184,7 +188,7 @@ def _check_judge(config: RunConfig, sampling: Sampling) -> None:
         if getattr(own, key) and getattr(own, key) != getattr(shared, key):
             raise InputError(f"generation.judge.{key}: there is no servers.judge, so the generators judge, and they "
                              f"are what generation.generator.{key} says; set that, or name servers that judge")
-    if judge and judge["min_p"] > 0 and any(
+    if judge and sampling.inputs.judge_template and judge["min_p"] > 0 and any(
             s.settings.deterministic for s in config.servers.judge or config.servers.generator):
         raise InputError(f"generation.judge.min_p ({judge.values_from['min_p'].origin}): SGLang dies of a min_p where "
                          "it honours seeds, and a verdict is read from the probabilities before any cut; drop it, or "
@@ -221,6 +225,7 @@ def open_run(plan: Plan) -> Context:
     identity, sampling = plan.identity, plan.sampling
     if known is not None:
         _refuse_changes(known["identity"], identity, store.display())
+    check_cache(config, store)
     # prompts first: a changed source must not leave a run.json that speaks of other prompts
     template = sampling.inputs.chat_templates["generator"]
     shards = write_prompts(store, config, plan.prompts, plan.tokenizer, template)

@@ -7,13 +7,12 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tasks.context import ROLES
-from tasks.core.config import RunConfig, ServerConfig
+from tasks.core.config import RunConfig
 from tasks.core.errors import InputError, UnreachableError
 from tasks.core.heuristics import Heuristic
 from tasks.core.store import Store
@@ -21,7 +20,7 @@ from tasks.serving.client import ServerFacts, SGLangClient
 from tasks.serving.failures import RequestFailed
 from tasks.serving.guard import guard
 from tasks.serving.launch import launcher
-from tasks.serving.launch.launch_spec import LaunchRefused, LaunchSpec, command, from_launch
+from tasks.serving.launch.launch_spec import LaunchRefused, LaunchSpec, command, specs_of
 from tasks.serving.launch.launcher import ServerRecord
 
 Notice = Callable[[str], None]
@@ -84,19 +83,6 @@ def state_dir(config: RunConfig) -> Path:
     return Path(store.root) / ".servers" if store.local else Path.home() / ".local/state/winnow/servers"
 
 
-def specs(config: RunConfig, role: str) -> list[tuple[LaunchSpec, int | None]]:
-    """What to launch for a role, each with its most requests in flight."""
-    servers: list[ServerConfig] = getattr(config.servers, role)
-    return [(spec, server.max_in_flight) for server in servers for spec in _specs(config, role, server)]
-
-
-def _specs(config: RunConfig, role: str, server: ServerConfig) -> list[LaunchSpec]:
-    if server.launch is None:
-        return []
-    model = config.judge_model if role == "judge" else config.model
-    return from_launch(server.launch, role=role, model=model, generation=config.generation.role(role))
-
-
 def seats_of(config: RunConfig, heuristics: Iterable[Heuristic]) -> list[Seat]:
     """Every server that the config names, in its order."""
     heuristics, out = list(heuristics), []
@@ -105,7 +91,7 @@ def seats_of(config: RunConfig, heuristics: Iterable[Heuristic]) -> list[Seat]:
             seat = Seat(role, n, guard.asked_of(config, role, server, heuristics), server.max_in_flight)
             expect = server.expect.model_dump(mode="json", exclude_defaults=True)
             out += ([dataclasses.replace(seat, url=server.url.rstrip("/"), expect=expect)] if server.url else
-                    [dataclasses.replace(seat, spec=spec) for spec in _specs(config, role, server)])
+                    [dataclasses.replace(seat, spec=spec) for spec in specs_of(config, role, server)])
     return out
 
 
@@ -215,14 +201,7 @@ def _clear(missing: list[Seat], folder: Path, taken: list[str], notice: Notice) 
     for seat, found in going:
         notice(f"our {found.record.role} server at {found.record.url} is not what {seat.key} asks for; it is stopped "
                f"and one that is gets started:\n{guard.text(found.differences, 'none')}")
-    stop_all([found.record for _, found in going])
-
-
-def stop_all(records: list[ServerRecord]) -> None:
-    """Stop servers of ours; each takes seconds to end in order."""
-    if records:
-        with ThreadPoolExecutor(len(records)) as stopping:
-            list(stopping.map(launcher.stop, records))
+    launcher.stop_all(found.record for _, found in going)
 
 
 def _start(missing: list[Seat], folder: Path, notice: Notice, leashed: bool) -> list[ServerRecord]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from flows.prepare import update_run
-from flows.seats import Notice, Seat, Served, ask, ask_one, given, seated, seats_of, specs, state_dir, stop_all
+from flows.seats import Notice, Seat, Served, ask, given, seated, seats_of, state_dir
 from tasks.context import ROLES, RUN_JSON, Context, reopen
 from tasks.core.config import RunConfig
 from tasks.core.errors import InputError, UnreachableError
@@ -20,12 +20,10 @@ from tasks.serving.client import ServerFacts
 from tasks.serving.compile import recording, unfit
 from tasks.serving.failures import RequestFailed
 from tasks.serving.guard import guard
-from tasks.serving.guard.admission import Recorded, departures
+from tasks.serving.guard.admission import Recorded, cramped, departures
 from tasks.serving.guard.same_model import same_model
 from tasks.serving.launch import launcher
 from tasks.serving.launch.launcher import ServerRecord
-
-__all__ = ["Notice", "ask_one", "down", "require_reachable", "running", "specs", "state_dir", "up"]
 
 log = logging.getLogger("winnow.servers")
 
@@ -39,12 +37,13 @@ def running(ctx: Context, notice: Notice) -> Iterator[Context]:
     config, started = ctx.config, list[ServerRecord]()
     seats, changes = seats_of(config, ctx.heuristics), membership.read(ctx.store)  # changes: of an earlier process
     try:
-        others = given([s for s in seats if s.url and s.url not in changes.get(s.role, {}).get("leave", [])])
+        others = _others(seats, changes)
         _refuse(config, others)
         ours = _ours([s for s in seats if s.spec], config, started, notice)
         _refuse(config, ours)
         found = {role: _of_role(role, seats, [*others, *ours], changes) for role in ROLES}
-        _check(ctx, [s.facts for s in found["generator"] if isinstance(s.facts, ServerFacts)])
+        _check(ctx, {role: [s.facts for s in served if isinstance(s.facts, ServerFacts)]
+                     for role, served in found.items()})
         update_run(ctx.store, servers=_records(ctx, found), servers_differ=_unlike(found))
         working = reopen(ctx.url)
         yield working
@@ -52,7 +51,12 @@ def running(ctx: Context, notice: Notice) -> Iterator[Context]:
     finally:
         if started:
             notice(f"stopping {', '.join(record.url for record in started)}")
-            stop_all(started)
+            launcher.stop_all(started)
+
+
+def _others(seats: list[Seat], changes: Mapping[str, Any]) -> list[Served]:
+    """The servers that others run, without those that left."""
+    return given([s for s in seats if s.url and s.url not in changes.get(s.role, {}).get("leave", [])])
 
 
 def _ours(seats: list[Seat], config: RunConfig, started: list[ServerRecord], notice: Notice) -> list[Served]:
@@ -92,7 +96,7 @@ def require_reachable(config: RunConfig) -> None:
     """
     ctx = Context(config.url)
     seats, changes = seats_of(config, ctx.heuristics), membership.read(ctx.store)
-    others = given([s for s in seats if s.url and s.url not in changes.get(s.role, {}).get("leave", [])])
+    others = _others(seats, changes)
     for role in ROLES:
         if any(s.role == role for s in seats) and not any(s.role == role and s.spec for s in seats):
             _of_role(role, seats, others, changes)
@@ -133,9 +137,12 @@ def _refuse(config: RunConfig, served: list[Served]) -> None:
     raise InputError("\n".join([*wrong, mend]))
 
 
-def _check(ctx: Context, generators: list[ServerFacts]) -> None:
-    """Can these servers do what the heuristics need? Raises InputError before a candidate is asked for."""
-    wrong = [f"servers.generator: {f.url}: {why}" for f in generators if (why := unfit(f, ctx.heuristics))]
+def _check(ctx: Context, found: Mapping[str, list[ServerFacts]]) -> None:
+    """Can these servers do what heuristics and judge need? Raises InputError before a candidate is asked for."""
+    generators = found["generator"]
+    wrong = [f"servers.{'judge' if ctx.config.servers.judge else 'generator'}: {f.url}: {why}"
+             for f in found.get("judge", ()) if (why := cramped(ctx.config, f))]
+    wrong += [f"servers.generator: {f.url}: {why}" for f in generators if (why := unfit(f, ctx.heuristics))]
     judge = ctx.config.quality.model if "quality" in ctx.config.labels and not ctx.config.servers.judge else None
     if judge and not ctx.config.allow_mismatch:
         wrong += [f"quality.model: the judge's model is {judge.path}, but there is no servers.judge, and the generator "
@@ -232,7 +239,7 @@ def up(config: RunConfig, heuristics: Iterable[Heuristic], notice: Notice) -> li
     try:
         _refuse(config, [Served(r.url, s.limit, how, facts[r.url], s, r) for s, (r, how) in on.items()])
     except InputError:
-        stop_all(started)
+        launcher.stop_all(started)
         raise
     return [on[seat][0] for seat in seats]
 

@@ -13,7 +13,6 @@ from prefect.futures import PrefectFuture, wait
 
 from flows import words
 from flows.artifacts import Shown
-from flows.artifacts import artifact_key as artifact_key
 from flows.status import answered
 from tasks.context import Context, context
 from tasks.core.errors import WinnowError
@@ -106,10 +105,11 @@ def _done(ctx: Context, made: Stage, shard: int, how: str, stood: int, seconds: 
                      tokens if made.name == Candidates.name else 0, seconds, made.name in ctx.progress)
 
 
-def _count(ctx: Context, done: ShardDone, unit: str) -> None:
+def _count(ctx: Context, done: ShardDone, unit: str, planned: int) -> None:
     """Progress of a shard that a worker process made: it counts when it is whole."""
     if done.counted:
         return
+    ctx.progress.spare(done.stage, planned - done.units)
     ctx.progress.advance(done.stage, done.stood, already=True)
     made = done.units - done.stood
     for kind, n in done.failures.items():
@@ -127,9 +127,11 @@ def run_stages(url: str, names: list[list[str]], window: int) -> None:
     runs has ended.
     """
     ctx = context(url)
+    planned: dict[tuple[str, int], int] = {}
     for name in (name for chain in names for name in chain):
         known = stage(name)
-        ctx.progress.begin(name, known.unit, sum(known.size(ctx, n) for n in range(ctx.shards)))
+        planned |= {(name, n): known.size(ctx, n) for n in range(ctx.shards)}
+        ctx.progress.begin(name, known.unit, sum(planned[name, n] for n in range(ctx.shards)))
     wanted = ((chain, shard) for shard in range(ctx.shards) for chain in names)
     pending: dict[PrefectFuture[Any], tuple[list[str], int]] = {}
     shown = Shown(ctx, [n for chain in names for n in chain])
@@ -158,7 +160,7 @@ def run_stages(url: str, names: list[list[str]], window: int) -> None:
         for future in done:
             chain, shard = pending.pop(future)
             try:
-                _count(ctx, future.result(), stage(chain[0]).unit)
+                _count(ctx, future.result(), stage(chain[0]).unit, planned[chain[0], shard])
             except Exception as error:
                 failure = failure or error
                 continue

@@ -85,6 +85,58 @@ def judge(payload: dict[str, Any]) -> Answer:
         "prompt_tokens": len(payload["input_ids"]), "completion_tokens": 1, "e2e_latency": 0.0}}
 
 
+def singles(payload: dict[str, Any]) -> list[dict[str, Any]]:
+    """A request as one for each of its prompts."""
+    ids, rids = payload["input_ids"], payload.get("rid")
+    if not ids or not isinstance(ids[0], list):
+        return [payload]
+    return [payload | {"input_ids": one, "rid": rids[n] if rids else None} for n, one in enumerate(ids)]
+
+
+def score(ids: list[int]) -> float:
+    """A reward model's scalar, by the text's ids."""
+    return int(hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:8], 16) / 2**30 - 2.0
+
+
+def classify(payload: dict[str, Any]) -> list[Answer]:
+    """The answers to a list of texts, in its order."""
+    texts = payload["input_ids"]
+    rids = payload.get("rid") or [f"{n:032x}" for n in range(len(texts))]
+    return [{"embedding": [score(ids)], "meta_info": {"id": rid, "finish_reason": {"type": "length", "length": 0},
+                                                      "prompt_tokens": len(ids), "e2e_latency": 0.0}}
+            for ids, rid in zip(texts, rids, strict=True)]
+
+
+def classify_refusal(payload: dict[str, Any], info: dict[str, Any]) -> dict[str, Any] | None:
+    """The body of a 400, in the words of SGLang 0.5.23."""
+    rids = payload.get("rid") or []
+    if len(set(rids)) < len(rids):
+        return {"error": {"message": f"Duplicate request IDs detected within the request: {rids[:1]}"}}
+    if not info["is_embedding"]:
+        return {"error": {"message": "This model does not appear to be an embedding model by default. Please add "
+                                     "`--is-embedding` when launching the server or try another model."}}
+    longest = max(map(len, payload["input_ids"]))
+    if longest >= (most := info["context_length"] or 8192):
+        return {"error": {"message": f"The input ({longest} tokens) is longer than the model's context length ({most} "
+                                     "tokens)."}}
+    return None
+
+
+def spoil_scores(answers: list[Answer], fault: str | None) -> bool:
+    """Make the answers of /classify wrong, in place; False if the fault is none of these."""
+    if fault == "abort":
+        answers[-1]["meta_info"]["finish_reason"] = {"type": "abort", "message": "fake abort"}
+    elif fault == "wrong_count":
+        answers.pop()
+    elif fault == "wrong_rid":
+        answers.reverse()
+    elif fault == "nan":
+        answers[0]["embedding"][0] = math.nan
+    else:
+        return False
+    return True
+
+
 def spoil(answer: Answer, fault: str | None) -> bool:
     """Make a whole answer wrong, in place; False if the fault is none of these."""
     meta = answer["meta_info"]

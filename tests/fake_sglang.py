@@ -26,7 +26,8 @@ __all__ = ["WORDS", "ControlFault", "FakeSGLang", "Fault"]
 Fault = Callable[[int, dict[str, Any]], str | None]
 """(number of the request, payload) -> None or a fault's name:
 400 401 404 429 500 503 redirect; garbage empty_body null; abort wrong_ids wrong_vocab wrong_rid wrong_count nan;
-truncate drip hang reset; crash (the whole server, see `crash`)."""
+truncate drip hang reset; crash (the whole server, see `crash`).
+Of /classify too, where the wrong_count is one of answers."""
 
 ControlFault = Callable[[str], str | None]
 """Path of a GET -> "hang", "500" or None."""
@@ -73,12 +74,18 @@ class FakeSGLang:
 
     @property
     def generations(self) -> list[dict[str, Any]]:
-        """The requests for candidates; the rest are judgements."""
-        return [r for r in self.requests if "token_ids_logprob" not in r]
+        """The requests for candidates; the rest are judgements and scores."""
+        return [r for r in self.requests if "sampling_params" in r and "token_ids_logprob" not in r]
 
     @property
     def judgements(self) -> list[dict[str, Any]]:
-        return [r for r in self.requests if "token_ids_logprob" in r]
+        """Each order of each pair by itself; a request holds several."""
+        return [one for r in self.requests if "token_ids_logprob" in r for one in fake_answers.singles(r)]
+
+    @property
+    def classifications(self) -> list[dict[str, Any]]:
+        """The requests for scores, each of many texts."""
+        return [r for r in self.requests if "sampling_params" not in r]
 
     def write(self, payload: dict[str, Any]) -> dict[str, Any]:
         """The whole answer to a request for a candidate."""
@@ -144,6 +151,7 @@ class FakeSGLang:
         for path in ("/model_info", "/server_info", "/v1/models", "/health", "/ready", "/metrics", "/v1/loads"):
             app.router.add_get(path, self._control)
         app.router.add_post("/generate", self._generate)
+        app.router.add_post("/classify", self._generate)
         app.router.add_get("/generate", self._redirect)  # where a followed redirect ends up
         self._slots = asyncio.Semaphore(self.concurrency or 10**9)  # first come, first served
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
@@ -220,7 +228,7 @@ class FakeSGLang:
         return "".join(f"# HELP sglang:{name} {words}\n# TYPE sglang:{name} gauge\nsglang:{name}{labels} {value:.1f}\n"
                        for name, words, value in gauges)
 
-    # --- POST /generate ---
+    # --- POST /generate, /classify ---
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         payload, came = await request.json(), time.monotonic()
@@ -231,15 +239,27 @@ class FakeSGLang:
         try:
             if self._full():
                 return self._refuse("503", fake_answers.QUEUE_FULL)
-            if refusal := fake_answers.mask_refusal(payload):
+            if refusal := self._refusal(request.path, payload):
                 return web.json_response(refusal, status=400)
             async with self._slot():
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
-                fault = self.fault(number, payload) if self.fault else None
-                return await self._answer(request, payload, fault, came)
+                return await self._answer(request, payload, *self._fault(request.path, number, payload), came)
         finally:
             self.in_flight -= 1
+
+    def _refusal(self, path: str, payload: dict[str, Any]) -> dict[str, Any] | None:
+        if path == "/classify":
+            return fake_answers.classify_refusal(payload, self.info)
+        return fake_answers.mask_refusal(payload)
+
+    def _fault(self, path: str, number: int, payload: dict[str, Any]) -> tuple[str | None, int]:
+        """What goes wrong, and with which prompt of the request's."""
+        if self.fault:
+            for n, one in enumerate(fake_answers.singles(payload) if path == "/generate" else [payload]):
+                if fault := self.fault(number, one):
+                    return fault, n
+        return None, 0
 
     def _full(self) -> bool:
         return (self.concurrency is not None and self.queue_limit is not None
@@ -260,7 +280,7 @@ class FakeSGLang:
             self.running -= 1
             slots.release()
 
-    async def _answer(self, request: web.Request, payload: dict[str, Any], fault: str | None,
+    async def _answer(self, request: web.Request, payload: dict[str, Any], fault: str | None, nth: int,
                       came: float) -> web.StreamResponse:
         if fault in REFUSALS:
             return self._refuse(fault)
@@ -274,9 +294,18 @@ class FakeSGLang:
             fake_answers.reset(request.transport)
         if fault in ("hang", "crash", "reset"):
             await asyncio.Event().wait()
-        answer = self.judge(payload) if "token_ids_logprob" in payload else self.write(payload)
-        answer["meta_info"]["e2e_latency"] = time.monotonic() - came
-        spoilt = fake_answers.spoil(answer, fault)
+        if request.path == "/classify":
+            answer: Any = fake_answers.classify(payload)
+            spoilt = fake_answers.spoil_scores(answer, fault)
+        elif self.info["is_embedding"]:  # no refusal: the head's numbers, whatever was asked
+            answer, spoilt = fake_answers.classify({"input_ids": [payload["input_ids"]]})[0], False
+        else:
+            answers = [self.judge(one) if "token_ids_logprob" in one else self.write(one)
+                       for one in fake_answers.singles(payload)]
+            for one in answers:
+                one["meta_info"]["e2e_latency"] = time.monotonic() - came
+            spoilt = fake_answers.spoil(answers[nth], fault)
+            answer = answers if isinstance(payload["input_ids"][0], list) else answers[0]
         body = json.dumps(answer).encode()
         if fault == "truncate":
             return await fake_answers.send_half(request, body)
@@ -287,13 +316,13 @@ class FakeSGLang:
         response = web.Response(body=body, content_type="application/json")
         if spoilt:
             return response
-        rid = payload.get("rid", "")
-        self.answered[rid] += 1  # before the client can look
+        rids = [str(one.get("rid", "")) for one in fake_answers.singles(payload)]
+        self.answered.update(rids)  # before the client can look
         try:
             await response.prepare(request)
             await response.write_eof()
         except (ConnectionError, asyncio.CancelledError):  # the client is gone, or this server
-            self.answered[rid] -= 1
+            self.answered.subtract(rids)
         return response
 
     def _refuse(self, status: str, body: Any = None) -> web.Response:

@@ -168,8 +168,11 @@ def system_turns(tokenizer: Any, template: ChatTemplate) -> Literal["keep", "dro
         return "raise"
 
 
-def apply(tokenizer: Any, chats: list[Chat], template: ChatTemplate | None = None) -> list[str]:
+def apply(tokenizer: Any, chats: list[Chat], template: ChatTemplate | None = None, *, answered: bool = False
+          ) -> list[str]:
     """The prompt text of each chat, up to where the answer begins; without `template` the tokenizer's own.
+
+    `answered`: the last turn is the answer, and the text ends with it.
 
     Raises InputError, with the line of the template, for a chat that it refuses.
     """
@@ -177,18 +180,20 @@ def apply(tokenizer: Any, chats: list[Chat], template: ChatTemplate | None = Non
         return []
     template = template or chat_template(tokenizer)
     try:
-        return _rendered(tokenizer, template.source, chats, _told(template.date, template.stamps_date))
+        return _rendered(tokenizer, template.source, chats, _told(template.date, template.stamps_date),
+                         answered=answered)
     except Exception as error:
         if len(chats) > 1:  # which one is it? This raises for it
-            return [apply(tokenizer, [chat], template)[0] for chat in chats]
+            return [apply(tokenizer, [chat], template, answered=answered)[0] for chat in chats]
         roles = ", ".join(turn["role"] for turn in chats[0])
         raise InputError(f"chat template ({template.origin}){_line(error)}: {_reason(error)} (turns: {roles})"
                          ) from error
 
 
-def _rendered(tokenizer: Any, source: str, chats: list[Chat], told: dict[str, Any]) -> list[str]:
+def _rendered(tokenizer: Any, source: str, chats: list[Chat], told: dict[str, Any], *, answered: bool = False
+              ) -> list[str]:
     return tokenizer.apply_chat_template(
-        chats, chat_template=source, tokenize=False, add_generation_prompt=True, **told)
+        chats, chat_template=source, tokenize=False, add_generation_prompt=not answered, **told)
 
 
 def _told(date: datetime.date, stamps: bool) -> dict[str, Any]:

@@ -6,13 +6,13 @@ The text under each field is its help: in error messages, and in the form that a
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from tasks.core.config_generation import Generation, GenerationConfig
 from tasks.core.config_servers import Launch, ServerConfig, Servers, Settings, Speculation
-from tasks.core.section import Address, Section
+from tasks.core.section import Address, Section, one_of
 
 __all__ = ["Diversity", "Generation", "GenerationConfig", "HeuristicsConfig", "Launch", "Limits", "ModelRef", "Quality",
            "RunConfig", "Scoring", "Section", "ServerConfig", "Servers", "Settings", "Source", "Speculation"]
@@ -94,21 +94,59 @@ class HeuristicsConfig(Section):
     heuristic that names processors has no others, and only one that names none takes the model's."""
 
 
+_TOP = 5
+
+
+def _off(value: Any) -> Any:
+    """`off` is YAML's word for false."""
+    return "off" if value is False or (isinstance(value, str) and value.strip().lower() == "off") else value
+
+
+def _local(folder: str) -> str:
+    if "://" in folder:
+        raise ValueError("a folder on a local disk is needed, or off: its locks do not hold elsewhere")
+    return folder
+
+
 class Quality(Section):
     """How candidates are ranked."""
 
-    method: Literal["tournament"] = "tournament"
-    """Swiss rounds of pairwise comparisons by an LLM judge, rated by Bradley-Terry."""
+    method: Literal["tournament", "pointwise"] = "tournament"
+    """tournament: pairwise comparisons by an LLM judge, rated by Bradley-Terry. pointwise: a scalar score of each
+    candidate by a reward model (in its own column, rm_score)."""
+    schedule: Literal["top_k", "ranking"] = "top_k"
+    """Whom a tournament compares. top_k: those whose place among the best `top` is least settled, at a fraction of the
+    calls; ranking: everyone, in Swiss rounds."""
+    top: int | None = Field(default=None, ge=1)
+    """How many of the best a top_k tournament tells from the rest; 5, or scoring.top_k if that is more, where not
+    given."""
+    stop: Literal["settled", "rounds"] = "settled"
+    """When a tournament ends. settled: once its aim is reached (`confidence`, `reliability`), at the latest after its
+    rounds; rounds: after its rounds."""
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """top_k: settled once this share of the best named is expected to be of the true best (at 0.95 and 5: 4.75)."""
+    reliability: float = Field(default=0.95, gt=0, lt=1)
+    """ranking: settled when the ratings explain this share of the variance of the true ones."""
+    rounds: int | None = Field(default=None, ge=1)
+    """Most rounds of a tournament, or of a top_k one as many comparisons as these rounds have. Where not given:
+    ceil(log2(players)) + extra_rounds for a ranking, and for top_k two fifths of their comparisons (in small groups
+    players + 2 top, if that is more)."""
     extra_rounds: int = Field(default=1, ge=0)
-    """Rounds beyond ceil(log2(players))."""
+    """What is added to ceil(log2(players)), where `rounds` is not given."""
     template: str = "few_shot"
     """Judge prompt: few_shot, gram, or a YAML file of your own."""
     model: ModelRef | None = None
     """The judge's model; what servers.judge launches or expects, else the run's model, where not given."""
     max_prompt_tokens: int = Field(default=2048, ge=64)
     """Longest judge prompt; longer texts lose their middle."""
-    prior_sd: float = Field(default=2.5, gt=0)
-    """Standard deviation of the Gaussian prior on ratings, in logits."""
+    prior_sd: Annotated[Annotated[float, Field(ge=1e-3, le=1e3)] | Literal["auto"],
+                        one_of("a number of logits from 0.001 to 1000, or auto")] = "auto"
+    """Standard deviation of the Gaussian prior on ratings, in logits; auto: each group's own, from its comparisons."""
+    solver: Literal["newton", "choix"] = "newton"
+    """Who fits the ratings: Newton's method, or the choix library (slower; the cross-check)."""
+    cache: Annotated[str, Field(min_length=1), BeforeValidator(_off), AfterValidator(_local)] | None = None
+    """Folder of the judgements that are kept, so that none is asked for twice, also by another run; off: none are kept
+    across runs. Where not given: beside the runs (runs_dir), or in the user's cache where that is no local folder."""
 
 
 class Diversity(Section):
@@ -257,6 +295,19 @@ class RunConfig(Section):
             raise ValueError(f"sources: two sources are named {', '.join(twice)}")
         return self
 
+    @model_validator(mode="after")
+    def _places_settled(self) -> RunConfig:
+        if "quality" in self.labels and (self.quality.method, self.quality.schedule) == ("tournament", "top_k") and (
+                self.quality_top < self.scoring.top_k):
+            raise ValueError(f"quality.top: the best {self.quality_top} are told from the rest, and scoring.top_k "
+                             f"keeps {self.scoring.top_k}: leave quality.top out, or take quality.schedule: ranking")
+        return self
+
+    @property
+    def quality_top(self) -> int:
+        """How many of the best a top_k tournament tells from the rest."""
+        return self.quality.top or max(_TOP, self.scoring.top_k)
+
     @property
     def url(self) -> str:
         """The run directory."""
@@ -269,6 +320,10 @@ class RunConfig(Section):
             return self.quality.model
         served = [s.settings.model for s in self.servers.judge if s.settings.model]
         return ModelRef(path=served[0]) if served else self.model
+
+    def model_of(self, role: str) -> ModelRef:
+        """The model of a role."""
+        return self.judge_model if role == "judge" else self.model
 
     def identity(self) -> dict[str, Any]:
         """The part of the config that decides the dataset's rows, but for heuristics and generation.
@@ -284,6 +339,7 @@ class RunConfig(Section):
         out["dataset"] = {"validation": self.dataset.validation, "license": self.dataset.license}
         out["engine"] = {"shard_prompts": self.engine.shard_prompts}
         out["limits"] = {"incomplete_prompts": self.limits.incomplete_prompts}
+        del out["quality"]["cache"]  # where judgements are kept decides none of them
         out["judge_model"] = self.judge_model.model_dump(mode="json")
         for source in out["sources"]:
             source["path"] = str(PurePosixPath(source["path"]))

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 
 from tasks.core.section import Flags, Section, words
 
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    words(float32=("float", "fp32", "f32"), bfloat16=("bf16",), float16=("half", "fp16", "f16"))]
+DTYPES = {"float32": ("float", "fp32", "f32"), "bfloat16": ("bf16",), "float16": ("half", "fp16", "f16")}
+"""Number formats, each with its other names."""
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], words(**DTYPES)]
 Algorithm = Annotated[
     Literal["off", "ngram", "eagle", "eagle3", "nextn", "standalone"],
     words(off=("none", "no", "disable", "disabled", False, None), ngram=("n-gram",), nextn=("mtp",))]

@@ -11,7 +11,7 @@ The file's temperature and cuts go to heuristics that name no processors, to a f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,12 +131,6 @@ def complete(heuristic: Heuristic, generation: RoleGeneration, model: ModelDefau
     greedy = [p for p in steps if p.name == "temperature" and p.value == 0]
     cutting = [p for p in steps if p.name == "temperature" or not _neutral(p.name, p.value)]
     return Heuristic(heuristic.name, tuple(greedy[:1] or cutting), heuristic.aliases)
-
-
-def complete_all(heuristics: Iterable[Heuristic], generation: RoleGeneration, model: ModelDefaults | None,
-                 fill_from_model: bool) -> list[Heuristic]:
-    """`complete` of each, not folded."""
-    return [complete(h, generation, model, fill_from_model) for h in heuristics]
 
 
 def _neutral(name: str, value: float) -> bool:

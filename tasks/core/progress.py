@@ -190,6 +190,12 @@ class Progress:
             if "tokens" in counts:
                 bucket[2] += counts["tokens"]
 
+    def spare(self, name: str, units: int) -> None:
+        """So many units need not be made after all: the total shrinks."""
+        if (stage := self._stages.get(name)) is not None:
+            with self._lock:
+                stage.total = max(stage.done, stage.total - units)
+
     def snapshot(self) -> list[StageProgress]:
         """The stages as they are now."""
         with self._lock:

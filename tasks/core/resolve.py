@@ -231,6 +231,8 @@ def _explain(error: Any, path: Path, origins: Origins) -> str:
         allowed = error.get("ctx", {}).get("expected", "")
         options = [o.strip(" '") for o in allowed.replace(" or ", ", ").split(",")]
         return f"{where}: {key}: unknown value {given!r}{did_you_mean(str(given), options)} Allowed: {allowed}."
+    if error["type"] == "model_type" and (section := _model_at(location)):
+        return f"{where}: {key}: a mapping is needed ({', '.join(section.model_fields)}), given: {_safe(given)}"
     shown = "" if isinstance(given, (dict, list)) or error["type"] == "value_error" else f" (given: {_safe(given)})"
     quoted = "; put it in quotes" if error["type"] == "string_type" and shown and given is not None else ""
     said = message if message[1:2].isupper() else f"{message[:1].lower()}{message[1:]}"

@@ -75,12 +75,13 @@ VERIFIED = pa.schema([*CANDIDATES, _field("usable", pa.bool_(), "status ok and t
 COMPARISONS = pa.schema([
     _key("prompt_id", "group: prompt"),
     _field("seed", pa.int64(), "group: seed", nullable=False),
-    _field("round", pa.int32(), "Swiss round, from 0"),
+    _field("round", pa.int32(), "round of the tournament, from 0"),
     _key("a", "candidate_id of the first player"),
     _key("b", "candidate_id of the second player"),
     _field("p_first", pa.float64(), "probability of the first shown when a was shown first; null: abstained"),
     _field("p_second", pa.float64(), "probability of a when b was shown first; null: abstained"),
-    _field("outcome", pa.float64(), "mean of both orders: a's share of the win; null: abstained"),
+    _field("outcome", pa.float64(), "a's share of the win: the logistic of the mean log-odds of p_first and p_second, "
+                                    "in which a preference for a place cancels; null: abstained"),
     _field("outside", pa.float64(), "mean probability of tokens that are no verdict"),
     _field("reason", pa.string(), "why the judge abstained"),
     _field("judge", pa.string(), "the judge's model"),
@@ -89,12 +90,23 @@ COMPARISONS = pa.schema([
 
 QUALITY = pa.schema([
     _key("candidate_id", "candidate rated"),
-    _field("rating", pa.float64(), "Bradley-Terry strength in logits, mean 0 in its (prompt, seed)"),
-    _field("rating_se", pa.float64(), "standard error of rating, from the posterior's Hessian"),
+    _field("rating", pa.float64(), "Bradley-Terry strength in logits, mean 0 over the distinct texts of its (prompt, "
+                                   "seed)"),
+    _field("rating_se", pa.float64(), "standard error of rating in logits: the root mean square distance of the true "
+                                      "one, with what is unknown of the prior (the Hessian's by a given prior_sd)"),
     _field("comparisons", pa.int32(), "judged pairs the candidate's text was in"),
     _field("rating_flags", pa.string(), "why rating leans on its prior: disconnected (the comparisons fall apart), "
                                         "separated (some players never lost to the rest), not_converged; null: none"),
     _field("player", pa.string(), "candidate_id that stands for all equal texts of the group"),
+    _field("settled", pa.bool_(), "whether the group's tournament reached its aim (quality.confidence or "
+                                  "quality.reliability); null: nothing to settle"),
+    _field("reliability", pa.float64(), "share of the variance of the group's true ratings that its ratings explain, "
+                                        "as the fit estimates it; equal in a group"),
+    _field("prior_sd", pa.float64(), "standard deviation (logits) of the prior in the group's fit"),
+    _field("dispersion", pa.float64(), "variance of the group's outcomes around the fit, 1 for coin tosses; each "
+                                       "comparison has the weight 1 / dispersion"),
+    _field("rm_score", pa.float64(), "scalar of the pointwise reward model, as its server gives it"),
+    _field("rm_reason", pa.string(), "why there is no rm_score"),
 ])
 
 DIVERSITY = pa.schema([
@@ -118,7 +130,8 @@ SCORES = pa.schema([
     _key("candidate_id", "candidate scored"),
     _key("prompt_id", "group: prompt"),
     _field("seed", pa.int64(), "group: seed", nullable=False),
-    _field("z_quality", pa.float64(), "z-score of rating over the run"),
+    _field("z_quality", pa.float64(), "z-score over the run of rating or, by method pointwise, of rm_score less its "
+                                      "mean in the (prompt, seed)"),
     _field("z_diversity", pa.float64(), "mean z-score of embedding_entropy and -self_bleu over the run"),
     _field("z_correctness", pa.float64(), "z-score of reward over the run"),
     _field("score", pa.float64(), "weighted mean of the z-scores there are"),
@@ -136,7 +149,8 @@ DATASET = pa.schema([
     PROMPTS.field("messages"), PROMPTS.field("prompt"), PROMPTS.field("ground_truth"),
     _field("heuristic", pa.string(), "the heuristic's name"),
     _field("processors", pa.list_(PROCESSOR), "the heuristic's processors in the order they were applied"),
-    QUALITY.field("rating"), QUALITY.field("rating_se"), QUALITY.field("comparisons"),
+    QUALITY.field("rating"), QUALITY.field("rating_se"), QUALITY.field("comparisons"), QUALITY.field("reliability"),
+    QUALITY.field("rm_score"),
     DIVERSITY.field("self_bleu"), DIVERSITY.field("embedding_entropy"),
     VERDICTS.field("reward"),
     _field("corpus_coverage", pa.float64(), "share of the text found in a reference corpus; null: not labelled"),

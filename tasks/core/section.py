@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import re
+import reprlib
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+)
 
 _SECRET = re.compile(r"(^|-|api|auth|access|hf)(key|token|password|passwd|secret|credentials?)$|key-b$|watermark-config"
                      r"|headers?$")
@@ -32,6 +43,17 @@ class Section(BaseModel):
     def _wants_numbers(cls, name: str | None) -> bool:
         kinds = str(cls.model_fields[name].annotation) if name else ""
         return bool(re.search(r"\b(int|float)\b", kinds)) and "bool" not in kinds
+
+
+def one_of(what: str) -> WrapValidator:
+    """For a union of types: what is none of them is refused with one message, not one for each."""
+    def check(value: Any, inner: Callable[[Any], Any]) -> Any:
+        try:
+            return inner(value)
+        except ValidationError:
+            raise ValueError(f"must be {what} (given: {reprlib.repr(value)})") from None
+
+    return WrapValidator(check)
 
 
 def words(**also: tuple[Any, ...]) -> BeforeValidator:

@@ -98,6 +98,13 @@ class Store:
                 return parquet.read(columns=columns, use_threads=self.local)
             return parquet.read_row_group(row_group, columns=columns, use_threads=False)  # small: threads cost more
 
+    def row_groups(self, relative: str) -> int:
+        """How many row groups a Parquet file has."""
+        if self.local:
+            return pq.read_metadata(self.path(relative)).num_row_groups
+        with self.open(relative) as file:
+            return pq.read_metadata(file).num_row_groups
+
     def salvage(self, relative: str) -> Iterator[pa.Table]:
         """The row groups of a Parquet file that can't be trusted as a whole: those whose checksums hold."""
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -191,7 +191,12 @@ class _Standing:
         return self._rows.get(self._grid.cell(number).candidate_id)
 
 
-def read_verified(ctx: Context, shard: int, usable: bool = True) -> pa.Table:
-    """A shard's verified rows; only the usable ones unless asked otherwise."""
-    table = ctx.store.read(shard_file("verified", shard))
-    return table.filter(table.column("usable")) if usable else table
+def read_verified(ctx: Context, shard: int, columns: Iterable[str] | None = None) -> Iterator[pa.Table]:
+    """The usable rows of a shard's verified candidates (all columns, or those named), a block of whole prompts at a
+    time."""
+    path = shard_file("verified", shard)
+    wanted = None if columns is None else list(dict.fromkeys([*columns, "usable"]))
+    for block in range(ctx.store.row_groups(path)):
+        table = ctx.store.read(path, columns=wanted, row_group=block)
+        table = table.filter(table.column("usable"))
+        yield table if columns is None else table.select(list(columns))

@@ -5,7 +5,7 @@ A labeller is a stage (`tasks.stage.Stage`) with a schema. No labeller imports a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -53,11 +53,19 @@ class Labeller:
         raise NotImplementedError
 
 
+Group = tuple[tuple[Any, ...], list[dict[str, Any]]]
+
+
+def blocks(ctx: Context, shard: int, columns: Iterable[str], by: tuple[str, ...]) -> Iterator[list[Group]]:
+    """The usable rows of a shard (only `columns` and the keys) by group, each in file order; a block of whole prompts
+    at a time, so that no more than a block is held."""
+    for table in read_verified(ctx, shard, dict.fromkeys([*by, "candidate_id", *columns])):
+        out: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for row in table.to_pylist():
+            out.setdefault(tuple(row[k] for k in by), []).append(row)
+        yield list(out.items())
+
+
 def groups(ctx: Context, shard: int, columns: Iterable[str], by: tuple[str, ...]) -> dict[tuple[Any, ...], list[dict]]:
-    """The usable rows of a shard (only `columns` and the keys) by group, in file order."""
-    wanted = list(dict.fromkeys([*by, "candidate_id", *columns]))
-    table = read_verified(ctx, shard).select(wanted)
-    out: dict[tuple[Any, ...], list[dict]] = {}
-    for row in table.to_pylist():
-        out.setdefault(tuple(row[k] for k in by), []).append(row)
-    return out
+    """All groups of `blocks` at once."""
+    return dict(group for block in blocks(ctx, shard, columns, by) for group in block)

@@ -12,14 +12,17 @@ from tasks.context import Context
 from tasks.core import schema
 from tasks.core.config_file import as_yaml
 from tasks.core.generation import CUTS
+from tasks.publish.report import best_by_source
 from tasks.publish.report_counts import defect_kinds, funnel_steps
-from tasks.publish.report_parts import RANKED_BY, count, escape, figure_text, markdown_table, num, pct
+from tasks.publish.report_judge import how_rated, judge_lines, shrinkage_note
+from tasks.publish.report_parts import RANKED_BY, count, escape, figure_text, markdown_table, num
 
 PATH = "dataset/README.md"
 # upper bounds and names of the Hub's size categories
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"),
           (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))
 _FOLDED = 40
+_BEST = 20
 # addresses and paths say nothing to a reader and much about a network
 _SERVER_FACTS = ("honours_seeds", "custom_processors", "version", "dtype", "quantization", "device", "tp_size",
                  "sampling_backend", "attention_backend", "enable_deterministic_inference")
@@ -107,7 +110,7 @@ def _sampling(ctx: Context, data: dict[str, Any]) -> list[str]:
         metric = data["ranked_by"]
         rows.append((" = ".join((h.name, *h.aliases)), h.describe(),
                      figure_text(known, metric) if metric and known else num(None), count(known.get("kept"))))
-    label = RANKED_BY[data["ranked_by"]][0] if data["ranked_by"] else "rating"
+    label = RANKED_BY[data["ranked_by"]].words if data["ranked_by"] else "rating"
     table = markdown_table(("heuristic", "processors in their order", f"{label} (95 % interval)", "rows kept"), rows)
     if len(rows) > _FOLDED:
         table = [f"<details><summary>{len(rows)} heuristics</summary>", "", *table, "", "</details>"]
@@ -115,8 +118,16 @@ def _sampling(ctx: Context, data: dict[str, Any]) -> list[str]:
         "## How candidates were sampled", "",
         f"Model {escape(data['model'])}, revision {escape(data['revision'] or 'not pinned')}. Every "
         "prompt was sampled with every heuristic and seed; each request had a sampling seed of its own "
-        "(`request_seed`).", "", *table, "", "Beside the heuristic, every request said:", "",
-        *_sent(ctx), "", *_template_notes(ctx), ""]
+        "(`request_seed`).", "", *table, "", *_about_intervals(data), "Beside the heuristic, every request said:", "",
+        *_sent(ctx), "", *_template_notes(ctx), "", *best_by_source(data, _BEST)]
+
+
+def _about_intervals(data: dict[str, Any]) -> list[str]:
+    if not data["ranked_by"]:
+        return []
+    text = ("Intervals are about the mean over more prompts like these, labelled in the same way; a prompt is one "
+            "observation, and one prompt alone has none.")
+    return [escape(" ".join(filter(None, (text, shrinkage_note(data))))), ""]
 
 
 def _sent(ctx: Context) -> list[str]:
@@ -136,11 +147,8 @@ def _template_notes(ctx: Context) -> list[str]:
 
 def _labels(ctx: Context, data: dict[str, Any], columns: pa.Schema) -> list[str]:
     out = ["## How it was labelled", ""]
-    if judge := data["judge"]:
-        out += [f"- Quality: {escape(judge['model'])} compared pairs in Swiss rounds, each pair in both orders "
-                f"(template {escape(judge['template'])}; {count(judge['comparisons'])} comparisons, "
-                f"{count(judge['abstained'])} abstained, {pct(judge['flip_rate'], 1)} changed with the order). "
-                "`rating` is the Bradley-Terry strength within one prompt and seed."]
+    if "quality" in data["labels"]:
+        out.append(f"- Quality: {escape(' '.join(how_rated(data)))} {_quality_columns(data)}")
     if "diversity" in data["labels"]:
         out.append("- Diversity: self-BLEU and embedding entropy of the answers to one prompt under one heuristic.")
     if "verifiers" in data["labels"]:
@@ -152,8 +160,21 @@ def _labels(ctx: Context, data: dict[str, Any], columns: pa.Schema) -> list[str]
     wrong = "" if "verifiers" not in data["labels"] else (
         f"; answers found wrong are {'left out' if data['incorrect'] == 'drop' else 'kept'}")
     out += ["", f"`score` is the weighted mean of the z-scores there are ({weights}){wrong}.", ""]
+    if lines := judge_lines(data):
+        out += ["What was measured of " + ("the reward model:" if data["reward_model"] else "the judge:"), "",
+                *markdown_table(("figure", "value"), lines), ""]
     signatures = [(f.name, f.metadata[b"signature"].decode()) for f in columns if b"signature" in (f.metadata or {})]
     return [*out, *markdown_table(("column", "signature"), signatures), ""] if signatures else out
+
+
+def _quality_columns(data: dict[str, Any]) -> str:
+    """Which columns the labels of quality are in, and which are empty."""
+    if data["quality"]["method"] == "pointwise":
+        return ("The score is in `rm_score`; no pairs were compared, so `rating`, `rating_se`, `comparisons` and "
+                "`reliability` are null.")
+    return ("The rating is in `rating`, its standard error in `rating_se`; `reliability` is the share of the variance "
+            "of a group's true ratings that its ratings explain, as the fit estimates it; it is equal on all rows of a "
+            "group, to weigh groups or leave them out. `rm_score` is null: no reward model scored answers one by one.")
 
 
 def _columns(ctx: Context, splits: dict[str, int]) -> pa.Schema:
@@ -195,8 +216,8 @@ def _type(kind: pa.DataType) -> str:
 
 
 def _limits(data: dict[str, Any], ctx: Context) -> list[str]:
-    seeds, judge = data["requests"]["seed_effective"], data["judge"]
-    out = ["Ratings compare answers within one (prompt, seed) only; elsewhere the opponents were others.",
+    seeds = data["requests"]["seed_effective"]
+    out = [*_quality_limits(data),
            "`output_logprobs` are the server's: after temperature and custom processors, before native top_k, top_p "
            "and min_p."]
     out += [escape(line) for line in _mismatches(ctx)]
@@ -209,17 +230,24 @@ def _limits(data: dict[str, Any], ctx: Context) -> list[str]:
     else:
         out.append("`seed_effective` is true: the same server, version and hardware give the same answer to the same "
                    "request; others may not.")
-    if judge:
-        same = " It judged its own answers." if judge["model"] == data["model"] else ""
-        told = judge["verifier"]
-        agreed = "" if not told else (f" It agreed with the verifier in {pct(told['agrees'])} of {count(told['pairs'])}"
-                                      " pairs with one right answer.")
-        out.append(f"The judge is a model and errs: {pct(judge['flip_rate'])} of its verdicts changed with the order "
-                   f"shown.{same}{agreed}")
     if data["drops"]:
         out.append("Rows were selected by these labels, so what the labels favour is over-represented.")
     out.append("The texts are a model's output: they may be wrong. Its licence applies beside those of the sources.")
     return ["## Known limits", "", *(f"- {line}" for line in out), ""]
+
+
+def _quality_limits(data: dict[str, Any]) -> list[str]:
+    """What quality labels are no measure of."""
+    q = data["quality"]
+    if not q:
+        return []
+    judged = "The model that wrote the answers judged them itself. " if q["judged_itself"] else ""
+    if q["method"] == "pointwise":
+        return ["`rm_score` compares answers to one prompt only: a score has its prompt's own level.",
+                f"{judged}What the reward model gets wrong every time is in all scores."]
+    return ["Ratings compare answers within one (prompt, seed) only; elsewhere the opponents were others.",
+            f"{judged}What the judge gets wrong every time is in all ratings, and neither `rating_se` nor an interval "
+            "tells of it."]
 
 
 def _mismatches(ctx: Context) -> list[str]:

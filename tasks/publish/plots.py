@@ -25,7 +25,7 @@ def plot_png(data: dict[str, Any]) -> bytes:
     Built on a Figure of its own, without pyplot's global state, so that any thread may call it.
     """
     canvas = FigureCanvasAgg(Figure(figsize=(12, 5), dpi=100, facecolor="white", layout="constrained"))
-    if diversity_of(data) and data["ranked_by"] in ("rating", "pass_rate"):
+    if diversity_of(data) and data["ranked_by"] != "embedding_entropy":
         left, right = canvas.figure.subplots(1, 2, width_ratios=(1.15, 1))
         _tradeoff(right, data)
     else:
@@ -64,10 +64,10 @@ def _leaderboard(axes: Axes, data: Row) -> None:
     if not rows:
         _nothing(axes, "Leaderboard", "not labelled")
         return
-    shown, title = rows, f"Heuristics by {RANKED_BY[metric][0]} (95 % intervals)"
+    shown, title = rows, f"Heuristics by {RANKED_BY[metric].words} (95 % intervals)"
     if len(rows) > _SHOWN:
         shown = [*rows[:_SHOWN - 4], *rows[-4:]]
-        title = f"Best {_SHOWN - 4} and last 4 of {len(rows)} heuristics by {RANKED_BY[metric][0]}"
+        title = f"Best {_SHOWN - 4} and last 4 of {len(rows)} heuristics by {RANKED_BY[metric].words}"
     for n, h in enumerate(shown):
         _, low, high = figure(h, metric)
         colour = _BLUE if n < _SHOWN - 4 or len(rows) <= _SHOWN else _ORANGE
@@ -78,14 +78,13 @@ def _leaderboard(axes: Axes, data: Row) -> None:
     for label in axes.get_yticklabels():
         label.set_parse_math(False)  # a $ in a name is no formula
     axes.invert_yaxis()
-    if metric == "rating":
+    if RANKED_BY[metric].signed:
         axes.axvline(0, color=_SOFT, linewidth=1)
     means = [h[metric] for h in shown]
     reach = 2.5 * max(abs(m) for m in means) or 1.0
     low, high = axes.get_xlim()
     axes.set_xlim(max(low, -reach), min(high, reach))
-    axes.set_xlabel({"rating": "logits; 0 is the average answer of a group", "pass_rate": "share right",
-                     "embedding_entropy": "nats"}[metric], color=_SOFT, fontsize=9)
+    axes.set_xlabel(RANKED_BY[metric].axis, color=_SOFT, fontsize=9)
     _style(axes, title)
 
 
@@ -102,7 +101,7 @@ def _tradeoff(axes: Axes, data: Row) -> None:
               markersize=7)
     axes.margins(0.1, 0.14)
     axes.set_xlabel("embedding entropy (nats), more diverse to the right", color=_SOFT, fontsize=9)
-    axes.set_ylabel("mean rating (logits)" if quality == "rating" else "share right", color=_SOFT, fontsize=9)
+    axes.set_ylabel(RANKED_BY[quality].axis.split(";")[0], color=_SOFT, fontsize=9)
     _style(axes, "Quality against diversity")
     _name_front(axes, [(shown[n]["name"], points[n]) for n in front])
 

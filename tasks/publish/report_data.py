@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import heapq
 import itertools
 from typing import Any
 
@@ -13,25 +12,21 @@ from tasks.context import Context
 from tasks.core.heuristics import Heuristic
 from tasks.core.identity import digest
 from tasks.generation.prompts import PATH as PROMPTS
-from tasks.generation.prompts import read_shard
-from tasks.publish.report_tally import (
-    HeuristicTally,
-    JudgeTally,
-    RequestTally,
-    figures,
-    quantile,
-    ratio,
-    rounded,
-)
+from tasks.publish.intervals import ratio, rounded
+from tasks.publish.report_quality import COMPARISON_COLUMNS, GroupTally, JudgeTally, RewardModelTally, kind
+from tasks.publish.report_samples import Samples
+from tasks.publish.report_tally import CENTRED, HeuristicTally, RequestTally, figures, quantile
+from tasks.publish.score import lead
 from tasks.stage import shard_file
 
 _COLUMNS = ["candidate_id", "prompt_id", "heuristic_id", "seed", "source", "finish_reason", "status", "error",
             "attempts", "server", "latency_s", "seed_effective", "dialect", "completion_tokens", "usable"]
-_LABELS = {"quality": ("rating", "rating_se"), "diversity": ("self_bleu", "embedding_entropy"),
-           "verifiers": ("reward", "verdict_reason")}
-_TYPES = {"verdict_reason": pl.String, "dropped": pl.String, "kept": pl.Boolean}
+_LABELS = {"quality": ("rating", "rating_se", "comparisons", "rating_flags", "settled", "reliability", "prior_sd",
+                       "dispersion", "rm_score", "rm_reason"),
+           "diversity": ("self_bleu", "embedding_entropy"), "verifiers": ("reward", "verdict_reason")}
+_TYPES: dict[str, Any] = {"verdict_reason": pl.String, "dropped": pl.String, "kept": pl.Boolean, "settled": pl.Boolean,
+                          "rating_flags": pl.String, "rm_reason": pl.String, "comparisons": pl.Int32}
 _BINS = 25
-_SAMPLES, _SAMPLE_CHARS = 6, 600
 _NAMED = 20
 _FACTS = ("planned", "usable", "repaired", "tokens", "attempts", "at_max_new_tokens")  # of a verified shard's manifest
 
@@ -39,7 +34,7 @@ Row = dict[str, Any]
 
 
 def gather(ctx: Context) -> dict[str, Any]:
-    """All numbers of the report; memory is one shard's rows and a row per heuristic and source."""
+    """All numbers of the report; memory is one shard's rows, a row per heuristic and source, a few numbers a group."""
     return Gatherer(ctx).gather()
 
 
@@ -48,14 +43,13 @@ class Gatherer:
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
-        self.tally, self.requests, self.judge = HeuristicTally(), RequestTally(), JudgeTally()
+        self.tally, self.requests, self.samples = HeuristicTally(), RequestTally(), Samples(ctx)
+        self.judge, self.groups, self.reward_model = JudgeTally(), GroupTally(), RewardModelTally()
         self.funnel: collections.Counter[str] = collections.Counter()
         self.drops: collections.Counter[str] = collections.Counter()
         self.unverified: collections.Counter[str] = collections.Counter()
         self.labels: set[str] = set()
         self.scored, self.shards = False, 0
-        self.rating_se: list[float] = [0.0, 0.0]
-        self.best: dict[str, list[tuple[float, str, int, str]]] = {}
 
     def gather(self) -> dict[str, Any]:
         """Read every shard, then put the figures together."""
@@ -78,12 +72,14 @@ class Gatherer:
             "per": list(config.scoring.per), "weights": config.scoring.weights.model_dump(),
             "incorrect": config.scoring.incorrect,
             "max_new_tokens": ctx.generation("generator")["max_new_tokens"],
-            "ranked_by": _ranked_by(heuristics), "overall": self._figures(sums) if sums else None,
+            "ranked_by": _ranked_by(heuristics), "overall": self._figures_of_all(sums) if sums else None,
             "funnel": self._funnel(), "drops": dict(sorted(self.drops.items())),
             "failures": self._failures(), "requests": self._requests(), "lengths": self._lengths(),
-            "heuristics": heuristics, "sources": self._sources(), "judge": self._judge(),
+            "heuristics": heuristics, "sources": self._sources(), "quality": self._quality(),
+            "judge": self._judge(), "reward_model": self._reward_model(),
             "unverified": dict(sorted(self.unverified.items())), "verification": self._verification(),
-            "dataset": self._dataset(), "samples": self._samples(), "servers": self._servers(),
+            "dataset": self._dataset(), "samples": self.samples.rows(self._shard_rows, self._quality_column),
+            "servers": self._servers(),
             "versions": ctx.raw.get("versions") or {},
         }
 
@@ -95,21 +91,26 @@ class Gatherer:
         self.requests.add(frame)
         usable = frame.filter("usable")
         has_label = pl.any_horizontal(pl.col(c).is_not_null() for c in
-                                      ("rating", "self_bleu", "embedding_entropy", "reward"))
+                                      ("rating", "rm_score", "self_bleu", "embedding_entropy", "reward"))
         self.funnel.update(
             rows=frame.height, answered=int((frame["status"] == "ok").sum()), usable=usable.height,
             labelled=usable.filter(has_label).height, checked=usable["reward"].count(),
             correct=int((usable["reward"] >= 1).sum()), kept=int(frame["kept"].sum()))
         self.drops.update(dict(frame.drop_nulls("dropped").group_by("dropped").len().iter_rows()))
         silent = frame.filter(pl.col("reward").is_null() & pl.col("verdict_reason").is_not_null())
-        self.unverified.update(r.split(":")[0] for r in silent["verdict_reason"])
-        self.rating_se[0] += float(frame["rating_se"].sum())
-        self.rating_se[1] += frame["rating_se"].count()
+        self.unverified.update(kind(r) for r in silent["verdict_reason"])
+        if self.ctx.store.exists(shard_file("labels/quality", shard)) and "quality" in self.ctx.config.labels:
+            self._add_quality(frame, shard)
+        self.samples.add(frame, shard)
+
+    def _add_quality(self, frame: pl.DataFrame, shard: int) -> None:
+        if self._pointwise:
+            self.reward_model.add(frame)
+            return
+        self.groups.add(frame)
         comparisons = shard_file("comparisons", shard)
-        if "quality" in self.ctx.config.labels and self.ctx.store.exists(comparisons):
-            pairs = self._read(comparisons, ["a", "b", "p_first", "p_second", "outcome", "outside", "reason"])
-            self.judge.add(pairs, frame.select("candidate_id", "reward"))
-        self._consider(frame, shard)
+        if self.ctx.store.exists(comparisons):
+            self.judge.add(self._read(comparisons, COMPARISON_COLUMNS), frame.select("candidate_id", "reward"))
 
     def _read(self, path: str, columns: list[str]) -> pl.DataFrame:
         frame = pl.from_arrow(self.ctx.store.read(path, columns))
@@ -131,13 +132,27 @@ class Gatherer:
         every = [c for columns in _LABELS.values() for c in columns] + ["score", "kept", "dropped"]
         frame = frame.with_columns(pl.lit(None, _TYPES.get(c, pl.Float64)).alias(c)
                                    for c in every if c not in frame.columns)
-        kept = pl.col("kept").fill_null(False)
-        return frame.with_columns(kept, correct=(pl.col("reward") >= 1).cast(pl.Int64))
+        return frame.with_columns(
+            pl.col("kept").fill_null(False), correct=(pl.col("reward") >= 1).cast(pl.Int64),
+            rm_lead=lead("rm_score"))
 
     # -- putting together ------------------------------------------------------------------------
 
+    @property
+    def _pointwise(self) -> bool:
+        return self.ctx.config.quality.method == "pointwise"
+
+    @property
+    def _quality_column(self) -> str:
+        return "rm_score" if self._pointwise else "rating"
+
     def _figures(self, sums: Row) -> Row:
         return figures(sums) | ({} if self.scored else {"kept": None, "kept_share": None})
+
+    def _figures_of_all(self, sums: Row) -> Row:
+        """Without the figures that are 0 over all heuristics, whatever they are."""
+        centred = {f"{metric}{end}" for metric in CENTRED for end in ("", "_low", "_high")}
+        return {k: v for k, v in self._figures(sums).items() if k not in centred}
 
     def _heuristics(self) -> list[Row]:
         """Every heuristic with its figures, best first."""
@@ -160,7 +175,7 @@ class Gatherer:
         return [{"name": s.name, "verifier": s.verifier, "diversity": s.diversity, "license": s.license,
                  "prompts": None, "rows": None, "copies": None, "malformed": None}
                 | {k: read.get(s.name, {}).get(k) for k in ("prompts", "rows", "copies", "malformed")}
-                | {"figures": self._figures(rows[s.name]) if s.name in rows else None}
+                | {"figures": self._figures_of_all(rows[s.name]) if s.name in rows else None}
                 for s in self.ctx.config.sources]
 
     def _funnel(self) -> Row:
@@ -202,12 +217,30 @@ class Gatherer:
         return {"n": total, "mean": rounded(sum(length * n for length, n in every) / total), "longest": longest,
                 "median": quantile(every, 0.5), "p90": quantile(every, 0.9), "bin_width": width, "bins": bins}
 
+    def _quality(self) -> Row | None:
+        """How quality was labelled: the settings, who judged, and the judge calls that it took."""
+        if "quality" not in self.labels:
+            return None
+        config = self.ctx.config
+        judge = config.judge_model
+        return {"model": judge.path, "revision": judge.revision, "judged_itself": judge == config.model,
+                **config.quality.model_dump(exclude={"model", "cache"}), "top": config.quality_top, **self._calls()}
+
+    def _calls(self) -> Row:
+        """Calls of this run, and verdicts that judgements of other runs spared; None where a shard does not say."""
+        manifests = [self.ctx.store.manifest(shard_file("labels/quality", n)) for n in range(self.ctx.shards)]
+        facts = [m.facts for m in manifests if m]
+        sums = {k: sum(f[k] for f in facts) if facts and all(k in f for f in facts) else None
+                for k in ("calls", "spared")}
+        rated = sum(row["rating_n"] or row["rm_score_n"] for row in self.tally.by_source().values())
+        return sums | {"rated": rated, "calls_per_candidate": ratio(sums["calls"], rated)}
+
     def _judge(self) -> Row | None:
         found = self.judge.figures()
-        if found is None or "quality" not in self.labels:
-            return None
-        return {"model": self.ctx.config.judge_model.path, "template": self.ctx.config.quality.template} | found | {
-            "mean_rating_se": ratio(*self.rating_se)}
+        return found | self.groups.figures() if found and "quality" in self.labels else None
+
+    def _reward_model(self) -> Row | None:
+        return self.reward_model.figures() if "quality" in self.labels and self._pointwise else None
 
     def _manifests(self) -> list[Any]:
         found = (self.ctx.store.manifest(shard_file("verified", n)) for n in range(self.ctx.shards))
@@ -249,64 +282,6 @@ class Gatherer:
                         "mean_latency_s": ratio(s["latency_s"], s["timed"]), "answered": True})
         return sorted(out, key=lambda s: s["url"])
 
-    # -- samples ---------------------------------------------------------------------------------
-
-    def _consider(self, frame: pl.DataFrame, shard: int) -> None:
-        """Keep the shard's best rows per source in the running; equal scores are drawn by the run's seed."""
-        rows = frame.filter(pl.col("kept") & pl.col("score").is_not_null())
-        # a prompt shows once: its best row
-        rows = rows.sort("score", "candidate_id", descending=[True, False]).unique(
-            "prompt_id", keep="first", maintain_order=True)
-        for source, score, cid in rows.select("source", "score", "candidate_id").iter_rows():
-            lot = digest("sample", self.ctx.config.run_seed, cid)
-            pool = self.best.setdefault(source, [])
-            heapq.heappush(pool, (rounded(score) or 0.0, lot, shard, cid))
-            if len(pool) > _SAMPLES:
-                heapq.heappop(pool)
-
-    def _samples(self) -> list[Row]:
-        """Highest-scored kept rows, the sources in turn, each with its group's lowest-scored answer."""
-        pools = [sorted(self.best[s.name], reverse=True) for s in self.ctx.config.sources if s.name in self.best]
-        turns = (p for turn in itertools.zip_longest(*pools) for p in turn if p is not None)
-        chosen = list(itertools.islice(turns, _SAMPLES))
-        by_shard: dict[int, dict[str, Row]] = {}
-        for shard in sorted({shard for _, _, shard, _ in chosen}):
-            by_shard[shard] = self._sample_rows(shard, [cid for _, _, s, cid in chosen if s == shard])
-        return [by_shard[shard][cid] for _, _, shard, cid in chosen]
-
-    def _sample_rows(self, shard: int, wanted: list[str]) -> dict[str, Row]:
-        frame = self._shard_rows(shard).filter("usable").with_columns(pl.col("score").cast(pl.Float64))
-        groups = {(r["prompt_id"], r["seed"]): r for r in frame.filter(pl.col("candidate_id").is_in(wanted)).to_dicts()}
-        worst: dict[str, Row] = {}
-        for row in frame.drop_nulls("rating").sort("rating", "candidate_id").to_dicts():
-            if (best := groups.get((row["prompt_id"], row["seed"]))) and best["candidate_id"] not in worst:
-                worst[best["candidate_id"]] = row
-        needed = {*wanted, *(r["candidate_id"] for r in worst.values())}
-        texts = dict(self._read(shard_file("verified", shard), ["candidate_id", "text"]).filter(
-            pl.col("candidate_id").is_in(list(needed))).iter_rows())
-        prompts = {p["prompt_id"]: p for p in read_shard(self.ctx.store, shard).to_pylist()}
-        names = {h.id: h.name for h in self.ctx.heuristics}
-
-        def shown(row: Row) -> Row:
-            return {"heuristic": names.get(row["heuristic_id"], row["heuristic_id"]),
-                    "text": cut(texts[row["candidate_id"]]), "rating": rounded(row["rating"]),
-                    "reward": rounded(row["reward"]), "score": rounded(row["score"])}
-
-        out = {}
-        for row in groups.values():
-            prompt, other = prompts[row["prompt_id"]], worst.get(row["candidate_id"])
-            differs = other is not None and texts[other["candidate_id"]] != texts[row["candidate_id"]]
-            out[row["candidate_id"]] = {
-                "source": row["source"], "seed": row["seed"], "prompt": cut(prompt["prompt"]),
-                "ground_truth": cut(prompt["ground_truth"], 200), **shown(row),
-                "worst": shown(other) if other is not None and differs else None}
-        return out
-
-
-def cut(text: str | None, chars: int = _SAMPLE_CHARS) -> str | None:
-    """The text, cut with an ellipsis after `chars` characters."""
-    return text if text is None or len(text) <= chars else text[:chars].rstrip() + " \u2026"
-
 
 def _about(heuristic: Heuristic) -> Row:
     cuts = [p.name for p in heuristic.processors if p.name != "temperature"]
@@ -319,7 +294,7 @@ def _about(heuristic: Heuristic) -> Row:
 
 def _ranked_by(heuristics: list[Row]) -> str | None:
     """What heuristics are ranked by: the best label there is."""
-    for key in ("rating", "pass_rate", "embedding_entropy"):
+    for key in ("rating", "rm_score", "pass_rate", "embedding_entropy"):
         if any(h[key] is not None for h in heuristics):
             return key
     return None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tasks.publish import report_boards as boards
 from tasks.publish import report_counts as counts
 from tasks.publish import report_sections as sections
+from tasks.publish.report_judge import judge
 from tasks.publish.report_parts import count, esc, headline, pct, short
 from tasks.publish.report_style import CSS, JS
 from tasks.publish.report_svg import lengths, tradeoff
@@ -14,9 +16,9 @@ from tasks.publish.report_svg import lengths, tradeoff
 def render_html(data: dict[str, Any]) -> str:
     """The whole page from what `gather` returned."""
     body = [
-        _header(data), sections.leaderboard(data), tradeoff(data), sections.grid(data), sections.correctness(data),
-        sections.sources(data), counts.funnel(data), lengths(data), counts.failures(data), sections.judge(data),
-        sections.samples(data), sections.provenance(data),
+        _header(data), boards.leaderboard(data), boards.side_by_side(data), tradeoff(data), sections.grid(data),
+        sections.correctness(data), boards.sources(data), judge(data), counts.funnel(data), lengths(data),
+        counts.failures(data), sections.samples(data), sections.provenance(data),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -26,7 +28,8 @@ def render_html(data: dict[str, Any]) -> str:
 
 
 def _header(data: dict[str, Any]) -> str:
-    judge = f", judged by {esc(data['judge_model'])}" if data["judge_model"] else ""
+    verb = "scored" if data["reward_model"] else "judged"
+    judged = f", {verb} by {esc(data['judge_model'])}" if data["judge_model"] else ""
     failed = data["failures"]["total"]
     tiles = [
         (count(len(data["heuristics"])), "heuristics"), (count(data["prompts"]), "prompts"),
@@ -41,7 +44,7 @@ def _header(data: dict[str, Any]) -> str:
         tiles.append((count(data["funnel"]["kept"]), "rows kept"))
     found = "".join(f"<li>{esc(line)}</li>" for line in headline(data))
     return (f"<header><h1>{esc(data['run'])}: which sampling heuristics win, and at what cost in diversity</h1>"
-            f'<p class="soft">{esc(data["model"])}{judge}; begun {esc(data["created"] or "at an unknown time")}</p>'
+            f'<p class="soft">{esc(data["model"])}{judged}; begun {esc(data["created"] or "at an unknown time")}</p>'
             f'<ul class="lead">{found}</ul><div class="tiles">'
             + "".join(f'<div class="tile"><b>{value}</b><span>{esc(label)}</span></div>' for value, label in tiles)
             + "</div></header>")

@@ -5,16 +5,31 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 MISSING = '<span class="none">not labelled</span>'
 DASH = "\u2013"
 MINUS = "\u2212"
+_SHOWN = 20
 
-# what heuristics can be ranked by: (words, prefix of its interval)
-RANKED_BY = {"rating": ("mean rating", "rating"), "pass_rate": ("verifier pass rate", "pass"),
-             "embedding_entropy": ("embedding entropy", "embedding_entropy")}
+
+class Metric(NamedTuple):
+    """What heuristics can be ranked by: its words, the prefix of its interval's keys, its axis, how to print it."""
+
+    words: str
+    prefix: str
+    axis: str
+    signed: bool = False
+    share: bool = False
+
+
+RANKED_BY = {
+    "rating": Metric("mean rating", "rating", "mean rating (logits); 0 is the average of a group", signed=True),
+    "rm_score": Metric("mean lead in reward", "rm_score", "reward above the group's mean", signed=True),
+    "pass_rate": Metric("verifier pass rate", "pass", "share of right answers", share=True),
+    "embedding_entropy": Metric("embedding entropy", "embedding_entropy", "embedding entropy (nats)"),
+}
 
 
 def esc(value: Any) -> str:
@@ -53,14 +68,19 @@ def short(value: int | None) -> str:
 
 def figure(row: Row, metric: str) -> tuple[float | None, float | None, float | None]:
     """(mean, low, high) of a metric in RANKED_BY."""
-    prefix = RANKED_BY[metric][1]
+    prefix = RANKED_BY[metric].prefix
     return row[metric], row[f"{prefix}_low"], row[f"{prefix}_high"]
+
+
+def mean_text(mean: float | None, metric: str) -> str:
+    """A metric's mean alone: `+0.91`, a pass rate in per cent."""
+    return pct(mean) if RANKED_BY[metric].share else num(mean, 2, RANKED_BY[metric].signed)
 
 
 def figure_text(row: Row, metric: str, label: str = "") -> str:
     """`+0.91 (+0.55 to +1.26)`, a pass rate in per cent; `label` stands before the interval."""
     mean, low, high = figure(row, metric)
-    share, signed = metric == "pass_rate", metric == "rating"
+    share, signed = RANKED_BY[metric].share, RANKED_BY[metric].signed
     digits, scale, unit = (0, 100, "\u00a0%") if share else (2, 1, "")
     if mean is None:
         return DASH
@@ -86,7 +106,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[s
 
 def limits(rows: Iterable[Row], metric: str) -> tuple[float, float]:
     """The range that bars of a metric span: 0 to 1 for shares, else all intervals and 0."""
-    if metric == "pass_rate":
+    if RANKED_BY[metric].share:
         return 0.0, 1.0
     values = [0.0, *(v for row in rows for v in figure(row, metric) if v is not None)]
     # one heuristic seen on two prompts may have a huge interval; the bars are for the means
@@ -123,6 +143,17 @@ def table(head: Sequence[tuple[str, str]], rows: Iterable[Sequence[tuple[Any, st
             for (_, cls), (value, inner) in zip(head, row, strict=True)) + "</tr>")
     kind = ' class="sortable"' if sortable else ""
     return f"<table{kind}><thead><tr>{cells}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def name_cell(h: Row) -> str:
+    """A heuristic's name, and its processors where the name does not say them in its own order."""
+    said = sorted(h["name"].replace(",", " ").split()) == sorted(h["description"].replace(" > ", " ").split())
+    return esc(h["name"]) + ("" if said else f"<small>{esc(h['description'])}</small>")
+
+
+def halves(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """The first and last rows of a list that is too long to show; all and none of one that is not."""
+    return (rows, []) if len(rows) <= 2 * _SHOWN else (rows[:_SHOWN], rows[-_SHOWN:])
 
 
 def section(title: str, body: str, note: str = "") -> str:
@@ -190,12 +221,12 @@ def headline(data: Row) -> list[str]:
     best, others = rows[0], len(tied(data))
     rated = sum(h[metric] is not None for h in rows) - 1
     lead = figure_text(best, metric, "95 % interval: ")
-    out = [*partial, f"{best['name']} has the highest {RANKED_BY[metric][0]}, {lead}."]
+    out = [*partial, f"{best['name']} has the highest {RANKED_BY[metric].words}, {lead}."]
     if rated > 0:
         out[-1] += (f" {others} of the other {rated} can't be told apart from it (their intervals reach its own)."
                    if others else " Its interval lies above that of every other.")
-    if metric == "rating" and diversity_of(data):
-        out.append(_cost(best, rows))
+    if RANKED_BY[metric].signed and diversity_of(data):
+        out.append(_cost(best, rows, metric))
     if metric != "pass_rate" and (checked := [h for h in rows if h["pass_rate"] is not None]):
         right = max(checked, key=lambda h: (h["pass_rate"], -h["place"]))
         own = "" if best["pass_rate"] is None or best is right else (
@@ -208,7 +239,7 @@ def headline(data: Row) -> list[str]:
     return out
 
 
-def _cost(best: Row, rows: list[Row]) -> str:
+def _cost(best: Row, rows: list[Row], metric: str) -> str:
     """What the winner costs in diversity."""
     known = [h for h in rows if h["embedding_entropy"] is not None]
     most = max(known, key=lambda h: h["embedding_entropy"])
@@ -218,5 +249,5 @@ def _cost(best: Row, rows: list[Row]) -> str:
     cost = "Its own diversity is not labelled" if own is None else (
         f"Its embedding entropy is {num(own)} nats, {pct(own / most['embedding_entropy'])} of the most diverse one's"
         if most["embedding_entropy"] > 0 else "All answers are alike")
-    return (f"{cost}: {most['name']} has {num(most['embedding_entropy'])} nats at a rating of "
-            f"{num(most['rating'], 2, True)}.")
+    return (f"{cost}: {most['name']} has {num(most['embedding_entropy'])} nats at a "
+            f"{RANKED_BY[metric].words} of {num(most[metric], 2, True)}.")

@@ -13,82 +13,20 @@ from tasks.publish.report_parts import (
     count,
     esc,
     figure_text,
+    halves,
     interval_bar,
-    limits,
+    name_cell,
     num,
     pct,
     section,
     table,
 )
 
-_SHOWN = 20
 _NO_CUT = "no truncation"
 _NO_LABEL = f'<p class="soft">{MISSING}</p>'
 
 
-def _name(h: Row) -> str:
-    """The name, and the processors where the name does not say them in its own order."""
-    said = sorted(h["name"].replace(",", " ").split()) == sorted(h["description"].replace(" > ", " ").split())
-    return esc(h["name"]) + ("" if said else f"<small>{esc(h['description'])}</small>")
-
-
-def _halves(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """The first and last rows of a list that is too long to show; all and none of one that is not."""
-    return (rows, []) if len(rows) <= 2 * _SHOWN else (rows[:_SHOWN], rows[-_SHOWN:])
-
-
-# -- leaderboard ---------------------------------------------------------------------------------
-
-
-def leaderboard(data: Row) -> str:
-    """Every heuristic, best first, with its interval."""
-    metric, rows = data["ranked_by"], data["heuristics"]
-    if not rows:
-        return section("Leaderboard", '<p class="soft">No candidates yet.</p>')
-    if not metric:
-        return section("Leaderboard", _NO_LABEL + ranking(rows, None, sortable=True))
-    top, bottom = _halves(rows)
-    if not bottom:
-        body = ranking(top, metric, sortable=True)
-    else:
-        gap = f"{len(rows) - 2 * _SHOWN} more between, in the full list below"
-        body = ranking(top, metric, bottom=bottom, gap=gap) + (
-            f"<details><summary>All {len(rows)} heuristics, sortable</summary>"
-            f"{ranking(rows, metric, sortable=True)}</details>")
-    words = {
-        "rating": "Rating: mean Bradley-Terry strength in logits over all (prompt, seed) groups; 0 is the average "
-                  "answer of a group, +1 beats it with a chance of 73 %.",
-        "pass_rate": "Quality is not labelled, so the share of answers that the verifier found right decides.",
-        "embedding_entropy": "Neither quality nor correctness is labelled, so diversity decides the order.",
-    }[metric]
-    note = (f"{words} Lines are 95 % intervals that treat each prompt as one observation, however many seeds it has. "
-            "The top of a long list owes part of its lead to luck.")
-    return section("Leaderboard", body, note)
-
-
-def ranking(rows: list[Row], metric: str | None, *, bottom: list[Row] | None = None, gap: str = "",
-            sortable: bool = False) -> str:
-    """A table of heuristics; `gap` stands between `rows` and `bottom`."""
-    head = [("#", "wide"), ("heuristic", "name l")]
-    if metric:
-        head += [(RANKED_BY[metric][0], ""), ("95 % interval", "bar")]
-    head += [("entropy", ""), ("self-BLEU", "wide"), ("correct", "wide"), ("kept", "wide"), ("tokens", "wide"),
-             ("failed", "wide")]
-    span = limits([*rows, *(bottom or [])], metric) if metric else (0.0, 1.0)
-
-    def cells(h: Row) -> list[tuple[Any, str]]:
-        out: list[tuple[Any, str]] = [(h["place"], str(h["place"])), (h["name"], _name(h))]
-        if metric:
-            text = pct(h[metric]) if metric == "pass_rate" else num(h[metric], 2, metric == "rating")
-            out += [(h[metric], text), (h[metric], interval_bar(h, metric, span))]
-        return [*out, (h["embedding_entropy"], num(h["embedding_entropy"])), (h["self_bleu"], num(h["self_bleu"], 1)),
-                (h["pass_rate"], pct(h["pass_rate"])), (h["kept"], count(h["kept"])),
-                (h["mean_tokens"], num(h["mean_tokens"], 0)), (h["failed"], count(h["failed"]))]
-
-    body = [cells(h) for h in rows]
-    if bottom:
-        body += [[(None, esc(gap))], *(cells(h) for h in bottom)]
-    return table(head, body, sortable)
+# -- grid ------------------------------------------------------------------------------------------
 
 
 def grid(data: Row) -> str:
@@ -108,13 +46,13 @@ def grid(data: Row) -> str:
     if not metric or len(cuts) < 2 or len(heats) < 3 or len(cells) < 0.6 * len(cuts) * len(heats):
         return ""
     values = [h[metric] for h in cells.values()]
-    middle = 0.0 if metric == "rating" else sum(values) / len(values)
+    middle = 0.0 if RANKED_BY[metric].signed else sum(values) / len(values)
     reach = max(abs(v - middle) for v in values) or 1.0
     head = "".join(f'<th scope="col">{t:g}</th>' for t in heats)
     rows = "".join(f'<tr><th class="l" scope="row">{esc(cut)}</th>' + "".join(
         _heat_cell(cells.get((cut, t)), metric, middle, reach) for t in heats) + "</tr>" for cut in cuts)
-    note = (f"{RANKED_BY[metric][0].capitalize()} by temperature (across) and truncation (down): green is above "
-            f"{'the average answer' if metric == 'rating' else 'the mean'}, orange below.")
+    note = (f"{RANKED_BY[metric].words.capitalize()} by temperature (across) and truncation (down): green is above "
+            f"{'the average answer' if RANKED_BY[metric].signed else 'the mean'}, orange below.")
     body = f'<table class="heat"><thead><tr><th class="l"></th>{head}</tr></thead><tbody>{rows}</tbody></table>'
     return section("Temperature and truncation", body, note)
 
@@ -131,7 +69,8 @@ def _heat_cell(h: Row | None, metric: str, middle: float, reach: float) -> str:
     value = h[metric] - middle
     colour = "--good" if value >= 0 else "--bad"
     strength = round(75 * abs(value) / reach)
-    text = pct(h[metric]) if metric == "pass_rate" else num(h[metric], 1, metric == "rating")
+    known = RANKED_BY[metric]
+    text = pct(h[metric]) if known.share else num(h[metric], 1, known.signed)
     return (f'<td style="background:color-mix(in srgb,var({colour}) {strength}%,var(--card))" '
             f'title="{esc(h["name"])}: {esc(figure_text(h, metric))}">{text}</td>')
 
@@ -146,18 +85,20 @@ def correctness(data: Row) -> str:
         why = "" if "verifiers" in data["labels"] else _NO_LABEL
         return section("Correctness", why or '<p class="soft">No source has a verifier.</p>')
     rows.sort(key=lambda h: (-h["pass_rate"], h["place"]))
+    quality = "rm_score" if data["reward_model"] else "rating"
 
     def cells(h: Row) -> list[tuple[Any, str]]:
-        return [(h["name"], _name(h)), (h["pass_rate"], pct(h["pass_rate"])),
+        return [(h["name"], name_cell(h)), (h["pass_rate"], pct(h["pass_rate"])),
                 (h["pass_rate"], interval_bar(h, "pass_rate", (0.0, 1.0))),
                 (h["correct"], f"{count(h['correct'])} of {count(h['checked'])}"),
-                (h["rating"], num(h["rating"], 2, True))]
+                (h[quality], num(h[quality], 2, True))]
 
-    head = [("heuristic", "name l"), ("correct", ""), ("95 % interval", "bar"), ("answers", "wide"), ("rating", "wide")]
-    top, bottom = _halves(rows)
+    head = [("heuristic", "name l"), ("correct", ""), ("95 % interval", "bar"), ("answers", "wide"),
+            ("reward" if quality == "rm_score" else "rating", "wide")]
+    top, bottom = halves(rows)
     body = table(head, [cells(h) for h in top], sortable=not bottom)
     if bottom:
-        gap = [(None, f"{len(rows) - 2 * _SHOWN} more between")]
+        gap = [(None, f"{len(rows) - len(top) - len(bottom)} more between")]
         body = table(head, [*map(cells, top), gap, *map(cells, bottom)]) + (
             f"<details><summary>All {len(rows)} heuristics, sortable</summary>"
             f"{table(head, [cells(h) for h in rows], sortable=True)}</details>")
@@ -170,56 +111,7 @@ def correctness(data: Row) -> str:
     return section("Correctness", body, note)
 
 
-# -- judge, sources, samples ---------------------------------------------------------------------
-
-
-def judge(data: Row) -> str:
-    """What the comparisons say of the judge itself."""
-    j = data["judge"]
-    if not j:
-        return section("The judge", _NO_LABEL)
-    first = j["first_shown"]
-    bias = "" if first is None else (
-        "no preference for a place" if abs(first - 0.5) < 0.02 else
-        f"a preference for the answer shown {'first' if first > 0.5 else 'second'}; both orders are asked and averaged")
-    lines = [
-        ("judge", f"{esc(j['model'])}, template {esc(j['template'])}"),
-        ("comparisons", f"{count(j['comparisons'])}, {count(j['calls'])} judgements"),
-        ("abstained", f"{count(j['abstained'])}" + "".join(f"; {esc(k)} {count(n)}" for k, n in j["reasons"].items())),
-        ("order flips", f"{pct(j['flip_rate'], 1)} of pairs: the winner changed when the two answers changed places "
-                        "(0 % is a judge that ignores order, 50 % a coin)"),
-        ("first shown", f"wins with {pct(first, 1)} on average: {bias}" if first is not None else DASH),
-        ("decisiveness", f"{num(j['decisiveness'])} (0 always undecided, 1 always certain)"),
-        ("outside the verdicts", f"{pct(j['outside'], 1)} of the probability is on tokens that are no verdict"),
-        ("mean error of one rating", f"{num(j['mean_rating_se'])} logits"),
-    ]
-    if agreed := j["verifier"]:
-        share = f"{pct(agreed['agrees'])} ({pct(agreed['low'])} to {pct(agreed['high'])})"
-        lines.append(("agrees with the verifier", f"{share} of {count(agreed['pairs'])} pairs with one right and "
-                      "one wrong answer (50 % is a coin)"))
-    return section("The judge", "<dl>" + "".join(f"<dt>{esc(k)}</dt><dd>{v}</dd>" for k, v in lines) + "</dl>")
-
-
-def sources(data: Row) -> str:
-    """What came of each source, and its own leaderboard."""
-    metric, rows, boards = data["ranked_by"], [], []
-    for s in data["sources"]:
-        f = s["figures"]
-        own = [h | h["sources"][s["name"]] for h in data["heuristics"] if s["name"] in h["sources"]]
-        own = sorted((h for h in own if metric and h[metric] is not None), key=lambda h: -h[metric])
-        best = f"{esc(own[0]['name'])} <small class='soft'>{esc(figure_text(own[0], metric))}</small>" if own else DASH
-        left_out = f" <small class='soft'>{count(s['malformed'])} malformed left out</small>" if s["malformed"] else ""
-        rows.append([(s["name"], esc(s["name"])), (s["prompts"], count(s["prompts"]) + left_out),
-                     (None, count(f["usable"]) if f else DASH), (None, pct(f["pass_rate"]) if f else DASH),
-                     (None, num(f["embedding_entropy"]) if f else DASH), (None, count(f["kept"]) if f else DASH),
-                     (None, best)])
-        if own:
-            places = [h | {"place": n} for n, h in enumerate(own[:_SHOWN], 1)]
-            boards.append(f"<details><summary>{esc(s['name'])}: the best {len(places)}</summary>"
-                          f"{ranking(places, metric, sortable=True)}</details>")
-    head = [("source", "l"), ("prompts", ""), ("usable", "wide"), ("correct", "wide"), ("entropy", "wide"),
-            ("kept", ""), ("best heuristic", "l")]
-    return section("By source", table(head, rows) + "".join(boards))
+# -- samples, provenance --------------------------------------------------------------------------
 
 
 def samples(data: Row) -> str:
@@ -241,7 +133,8 @@ def samples(data: Row) -> str:
 
 def _sampled(s: Row) -> str:
     reward = "" if s["reward"] is None else f", {'right' if s['reward'] >= 1 else 'wrong'} by the verifier"
-    rating = "not rated" if s["rating"] is None else f"rating {num(s['rating'], 2, True)}"
+    known = [(k, s[column]) for k, column in (("rating", "rating"), ("reward", "rm_score")) if s[column] is not None]
+    rating = ", ".join(f"{k} {num(v, 2, True)}" for k, v in known) or "not rated"
     return f'<p class="note"><b>{esc(s["heuristic"])}</b>: {rating}{reward}</p>'
 
 

@@ -53,6 +53,17 @@ svg .grid { stroke:var(--line); stroke-width:1; } svg .front { fill:none; stroke
 .two { display:grid; grid-template-columns:minmax(0,3fr) minmax(0,2fr); gap:8px 24px; align-items:start; }
 .heat { table-layout:fixed; font-size:12px; } .heat td, .heat th { padding:2px 1px; text-align:center; border:1px solid
   var(--card); } .heat th.l { width:130px; text-align:left; font-weight:400; color:var(--ink); }
+.scroll { overflow-x:auto; } .scroll table { width:auto; min-width:100%; font-size:13px; }
+.scroll th.name, .scroll td.name { position:sticky; left:0; background:var(--card); z-index:1; min-width:180px;
+  max-width:260px; } .scroll td.name small { display:inline; } .scroll td.name small + small { display:block; }
+.scroll th.cell { max-width:90px; padding:4px 2px; font-size:11.5px; overflow-wrap:anywhere; text-align:center; }
+.scroll td.cell { padding:1px; text-align:center; } .scroll tr.gap td { text-align:left; }
+.cell div { padding:2px 4px; border-radius:4px; line-height:1.25; min-width:60px; }
+.cell small { display:block; font-size:11px; white-space:nowrap; opacity:.8; }
+.cell .up { background:color-mix(in srgb,var(--good) var(--v),var(--card)); }
+.cell .dn { background:color-mix(in srgb,var(--bad) var(--v),var(--card)); }
+.bins { display:flex; align-items:flex-end; gap:1px; height:24px; width:104px; border-bottom:1px solid var(--soft); }
+.bins i { flex:1; background:var(--accent); }
 .none { color:var(--soft); font-style:italic; }
 details { margin-top:10px; } summary { cursor:pointer; color:var(--accent); }
 .sample { border-top:1px solid var(--line); padding:12px 0; } .sample:first-of-type { border-top:0; }
@@ -67,7 +78,9 @@ code { font:12.5px ui-monospace,monospace; }
   .heat th.l { width:92px; }
   .heat td { font-size:0; height:17px; } .heat th { font-size:10px; } td.bar { min-width:70px; width:30%; }
   td.name { min-width:0; }
-  td.name small { display:none; }
+  td.name small, .scroll td.name small + small { display:none; }
+  .scroll th.name, .scroll td.name { min-width:104px; max-width:112px; }
+  .cell div { min-width:54px; padding:2px 1px; }
   table { font-size:13.5px; } dl { display:block; } dd { margin-bottom:8px; } }
 """
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tasks.publish.report_parts import (
     MISSING,
+    RANKED_BY,
     Row,
     count,
     diversity_of,
@@ -73,7 +74,7 @@ def _svg(body: str, about: str) -> str:
 
 def tradeoff(data: Row) -> str:
     """Quality against diversity, a dot per heuristic, with the Pareto front."""
-    quality = data["ranked_by"] if data["ranked_by"] in ("rating", "pass_rate") else None
+    quality = data["ranked_by"] if data["ranked_by"] != "embedding_entropy" else None
     diversity = diversity_of(data)
     shown = [h for h in data["heuristics"] if quality and diversity and h[quality] is not None and
              h[diversity] is not None]
@@ -86,8 +87,7 @@ def tradeoff(data: Row) -> str:
     whiskers = len(shown) <= _WHISKERS
     ends = [v for h in shown for v in figure(h, quality) if v is not None] if whiskers else [p[1] for p in points]
     axes = Axes([p[0] for p in points], ends)
-    label = "mean rating (logits)" if quality == "rating" else "share of right answers"
-    body = axes.frame("embedding entropy (nats): more diverse to the right", label)
+    body = axes.frame("embedding entropy (nats): more diverse to the right", RANKED_BY[quality].axis.split(";")[0])
     corners = [(axes.px(points[n][0]), axes.py(points[n][1])) for n in front]
     body += '<polyline class="front" points="' + " ".join(f"{x},{y}" for x, y in corners) + '"/>'
     body += "".join(_dot(h, axes, p, colour[h["family"]], quality, whiskers)
@@ -102,7 +102,7 @@ def tradeoff(data: Row) -> str:
     listed = "".join(f"<li>{esc(shown[n]['name'])} <small class='soft'>{esc(figure_text(shown[n], quality))}, entropy "
                      f"{num(points[n][0])}</small></li>" for n in front)
     where = ", ".join(s["name"] for s in data["sources"] if s["diversity"])
-    measured = "ratings on all sources" if quality == "rating" else "correctness where there is a verifier"
+    measured = "correctness where there is a verifier" if quality == "pass_rate" else "quality on all sources"
     note = (f"Up is better, right is more diverse. No heuristic beats those on the dashed line in both. "
             f"Diversity is measured across seeds on: {esc(where)}; {measured}.")
     return section("Quality against diversity", '<div class="two"><div>'

@@ -21,7 +21,9 @@ from tasks.labels import labellers
 from tasks.stage import inputs_key, shard_file
 
 STATS = "scores/stats.json"
-LABELS = {"rating": "quality", "embedding_entropy": "diversity", "self_bleu": "diversity", "reward": "verifiers"}
+LABELS = {"rating": "quality", "rm_score": "quality", "embedding_entropy": "diversity", "self_bleu": "diversity",
+          "reward": "verifiers"}
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,23 @@ Stats = dict[str, Moments]
 
 
 def labelled(ctx: Context, shard: int) -> pl.DataFrame:
-    """A shard's verified rows with every label column; what was not labelled is null."""
+    """A shard's verified rows with every label column; what was not labelled is null. rm_score is its `lead`."""
     frame = _frame(ctx, shard_file("verified", shard), ["candidate_id", "prompt_id", "seed", "usable"])
     for name in ctx.config.labels:
         columns = ["candidate_id", *(c for c, labeller in LABELS.items() if labeller == name)]
         frame = frame.join(_frame(ctx, shard_file(f"labels/{name}", shard), columns), on="candidate_id", how="left")
     missing = [pl.lit(None, pl.Float64).alias(c) for c in LABELS if c not in frame.columns]
-    return frame.with_columns(missing)
+    return frame.with_columns(missing).with_columns(lead("rm_score"))
+
+
+def lead(column: str) -> pl.Expr:
+    """How far a value lies above the mean of its (prompt, seed), in the column's name; as a rating does by itself.
+
+    A raw score has its prompt's own level, which tells no candidates apart and would drown what does.
+    """
+    value, mean = pl.col(column), pl.col(column).mean().over("prompt_id", "seed")
+    equal = (value - mean).abs() <= _ROUNDING * mean.abs()  # a mean of equal values need not be equal to them
+    return pl.when(equal).then(0.0).otherwise(value - mean).alias(column)
 
 
 def _frame(ctx: Context, path: str, columns: list[str]) -> pl.DataFrame:
@@ -76,8 +88,9 @@ def score_shard(frame: pl.DataFrame, stats: Stats, scoring: Scoring) -> pl.DataF
     """The scores (schema SCORES) of the whole groups in `frame` (columns of `labelled`).
 
     score = sum(w_i z_i) / sum(w_i) over the labels that are not null; null when there is none. A constant
-    label has z = 0: it tells candidates apart by nothing. Diversity is the mean of z(embedding_entropy) and
-    -z(self_bleu). With `incorrect: drop`, reward < 1 is dropped before ranking.
+    label has z = 0: it tells candidates apart by nothing. Quality is z(rating), or z(rm_score) in a run without
+    ratings (method pointwise). Diversity is the mean of z(embedding_entropy) and -z(self_bleu). With
+    `incorrect: drop`, reward < 1 is dropped before ranking.
     """
     def z(name: str) -> pl.Expr:
         moments = stats[name]
@@ -87,8 +100,9 @@ def score_shard(frame: pl.DataFrame, stats: Stats, scoring: Scoring) -> pl.DataF
 
     weights = {"z_quality": scoring.weights.quality, "z_diversity": scoring.weights.diversity,
                "z_correctness": scoring.weights.correctness}
+    quality = "rating" if stats["rating"].n else "rm_score"
     frame = frame.with_columns(
-        z_quality=z("rating"), z_correctness=z("reward"),
+        z_quality=z(quality), z_correctness=z("reward"),
         z_diversity=pl.mean_horizontal(z("embedding_entropy"), -z("self_bleu")),
     )
     there = {name: pl.col(name).is_not_null().cast(pl.Float64) * w for name, w in weights.items()}
@@ -146,7 +160,7 @@ def _inputs(ctx: Context, shard: int) -> list[str]:
 
 def write_stats(ctx: Context) -> None:
     """Mean and standard deviation of every label over the run's usable rows."""
-    key = digest("stats", 1, [inputs_key(ctx.store, "stats", 1, _inputs(ctx, n)) for n in range(ctx.shards)])
+    key = digest("stats", 2, [inputs_key(ctx.store, "stats", 2, _inputs(ctx, n)) for n in range(ctx.shards)])
     if ctx.store.state(STATS, key) == "done":
         return
     stats: Stats = dict.fromkeys(LABELS, Moments())

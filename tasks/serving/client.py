@@ -6,6 +6,7 @@ import asyncio
 import errno
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,27 +15,15 @@ import orjson
 
 from tasks.serving.failures import RequestFailed
 from tasks.serving.guard.told import algorithm
-from tasks.serving.sampling_mask import read_mask
+from tasks.serving.replies import Reply, parse, parse_scores
+
+__all__ = ["Reply", "SGLangClient", "ServerFacts"]
 
 _JSON = {"Content-Type": "application/json"}
 # uvicorn drops a connection that was idle for 5 s; reusing one at that moment would lose the request
 _KEEP_ALIVE_S = 4.0
 _CONNECT_S = 10.0
 _SERVER_INFO_S = 30.0  # its scheduler answers between two steps: 13 s were seen during a long prefill
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What /generate answered, checked."""
-
-    output_ids: list[int]
-    logprobs: list[float] | None
-    finish_reason: str
-    meta: dict[str, Any]
-    latency_s: float
-    kept_ids: list[list[int]] | None = None
-    """The sampling mask, where it was asked for."""
-    kept_logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -183,10 +172,37 @@ class SGLangClient:
         may number requests its own way); `vocab`: its ids must lie below; `masked`: it must have the
         sampling mask, which the request asks for.
         """
+        content, latency_s = await self._post(self._generate_url, body, timeout_s)
+        reply = parse(content, latency_s, rid if self._echoes else None, vocab, masked)
+        self._echoes = self._echoes or (rid is not None and reply.meta.get("id") == rid)
+        return reply
+
+    async def generate_each(self, body: bytes, timeout_s: float, *, rids: Sequence[str]) -> Reply:
+        """POST /generate with a list of prompts, whose ids are `rids`: a reply with `scores`, the `meta_info` of each.
+
+        Raises RequestFailed for everything but a whole, well-formed answer, as `generate` does.
+        """
+        content, latency_s = await self._post(self._generate_url, body, timeout_s)
+        reply, echoed = parse_scores(content, latency_s, rids, strict=self._echoes, part="meta_info")
+        self._echoes = self._echoes or echoed
+        return reply
+
+    async def classify(self, body: bytes, timeout_s: float, *, rids: Sequence[str]) -> Reply:
+        """POST /classify with a list of texts, whose ids are `rids`: a reply with `scores`, one for each.
+
+        Raises RequestFailed for everything but a whole, well-formed answer, as `generate` does.
+        """
+        content, latency_s = await self._post(self.url + "/classify", body, timeout_s)
+        reply, echoed = parse_scores(content, latency_s, rids, strict=self._echoes)
+        self._echoes = self._echoes or echoed
+        return reply
+
+    async def _post(self, url: str, body: bytes, timeout_s: float) -> tuple[bytes, float]:
+        """The body of an answer with status 200, and the seconds that it took."""
         started = time.monotonic()
         try:
             async with self._open().post(
-                    self._generate_url, data=body, headers=_JSON, allow_redirects=False,
+                    url, data=body, headers=_JSON, allow_redirects=False,
                     timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_S)) as answer:
                 content = await answer.read()
                 status = answer.status
@@ -204,9 +220,7 @@ class SGLangClient:
             raise RequestFailed("bad_response", _words(error)) from error
         if status != 200:
             raise _refusal(status, content, answer.headers.get("Retry-After"))
-        reply = _parse(content, time.monotonic() - started, rid if self._echoes else None, vocab, masked)
-        self._echoes = self._echoes or (rid is not None and reply.meta.get("id") == rid)
-        return reply
+        return content, time.monotonic() - started
 
 
 def _words(error: BaseException) -> str:
@@ -243,54 +257,3 @@ def _message(body: bytes) -> str:
         inner = raw.get("error", raw)
         raw = inner.get("message", inner) if isinstance(inner, dict) else inner
     return str(raw)[:300]
-
-
-def _parse(body: bytes, latency_s: float, rid: str | None, vocab: int | None, masked: bool) -> Reply:
-    try:
-        raw = orjson.loads(body)
-        meta = raw["meta_info"]
-        reason = meta["finish_reason"]
-        if reason is None:
-            raise TypeError("the answer is not finished: finish_reason is null")
-        kind = reason["type"] if isinstance(reason, dict) else reason
-        if not isinstance(kind, str):
-            raise TypeError("finish_reason has no type")
-        if kind == "abort":
-            said = reason.get("message") if isinstance(reason, dict) else None
-            raise RequestFailed("aborted", str(said or "the server aborted the request"))
-        ids = raw["output_ids"]
-        _check_ids(ids, meta, rid, vocab)
-        logprobs = None
-        if entries := meta.get("output_token_logprobs"):
-            if [entry[1] for entry in entries] != ids:
-                raise TypeError("the ids of output_token_logprobs are not output_ids")
-            logprobs = [float(entry[0]) for entry in entries]
-            if not math.isfinite(sum(logprobs)):
-                raise TypeError("a log-probability is not finite")
-        kept, kept_logprobs = _kept(meta, len(ids), vocab) if masked else (None, None)
-        return Reply(ids, logprobs, kind, meta, latency_s, kept, kept_logprobs)
-    except RequestFailed:
-        raise
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        said = f"no {error}" if isinstance(error, KeyError) else _words(error)
-        raise RequestFailed("bad_response", f"not an answer of SGLang: {said}") from error
-
-
-def _check_ids(ids: Any, meta: Any, rid: str | None, vocab: int | None) -> None:
-    if not isinstance(ids, list) or not set(map(type, ids)) <= {int} or (ids and min(ids) < 0):
-        raise TypeError("output_ids is not a list of token ids")
-    if vocab is not None and ids and max(ids) >= vocab:
-        raise TypeError(f"token id {max(ids)} is outside the vocabulary of {vocab}")
-    if rid is not None and meta.get("id") not in (None, rid):
-        raise TypeError(f"the answer is to another request ({str(meta['id'])[:64]})")
-    if meta.get("completion_tokens") not in (None, len(ids)):
-        raise TypeError(f"{len(ids)} output_ids, but completion_tokens says {meta['completion_tokens']}")
-
-
-def _kept(meta: Any, tokens: int, vocab: int | None) -> tuple[list[list[int]], list[float] | None]:
-    kept, logprobs = read_mask(meta)
-    if len(kept) != tokens:
-        raise TypeError(f"{len(kept)} sampling masks for {tokens} output_ids")
-    if vocab is not None and kept and (largest := max(map(max, kept))) >= vocab:
-        raise TypeError(f"the sampling mask's id {largest} is outside the vocabulary of {vocab}")
-    return kept, logprobs

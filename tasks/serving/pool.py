@@ -242,8 +242,12 @@ class ServerPool:
             body = request.build(facts)
             timeout_s = max(0.001, min(self.limits.timeout_s, self.limits.deadline_s - request.spent_s))
             request.sent += 1
-            masked = request.masked is not None and request.masked(facts)
-            reply = await server.client.generate(body, timeout_s, rid=request.rid, vocab=self._vocab, masked=masked)
+            if request.ask is not None:
+                reply = await request.ask(server.client, body, timeout_s)
+            else:
+                masked = request.masked is not None and request.masked(facts)
+                reply = await server.client.generate(body, timeout_s, rid=request.rid, vocab=self._vocab,
+                                                     masked=masked)
             await server.confirm()
         except RequestFailed as error:
             failure = error
@@ -299,15 +303,18 @@ class ServerPool:
                 not failure.rule.fault or self.fleet.others_work(server)):
             # the last server is never left alone for its faults: then it may be the requests that are wrong
             server.go_down(f"too much fails there, last with {failure.kind}: {failure}")
-        self._again(request, server, failure)
+        self._again(request, server, failure, too_long=failure.kind == "overloaded" and in_flight == 1)
 
-    def _again(self, request: Request, server: Server, failure: RequestFailed) -> None:
-        """Back into the queue, now or after a pause, or given up."""
+    def _again(self, request: Request, server: Server, failure: RequestFailed, too_long: bool = False) -> None:
+        """Back into the queue, now or after a pause, or given up. `too_long`: a list of prompts that was turned away by
+        a server that had nothing else of ours may be longer than its queue for ever."""
         if request.source is None or request.source.done.done():  # nobody waits for it any more
             return
         request.strikes += failure.rule.strike
         over = request.spent_s >= self.limits.deadline_s
-        if not failure.rule.again or request.strikes >= self.limits.attempts or (over and failure.rule.strike):
+        apart = request.divisible and (too_long or failure.kind in ("crashed", "timeout"))
+        if (apart or not failure.rule.again or request.strikes >= self.limits.attempts
+                or (over and failure.rule.strike)):
             self._settle(request, None, failure, server)
         elif not failure.rule.strike:
             self._line(request).appendleft(request)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from tasks.serving.client import Reply, ServerFacts
+from tasks.serving.client import Reply, ServerFacts, SGLangClient
 from tasks.serving.failures import RequestFailed
 from tasks.serving.server import Server
 
@@ -39,6 +40,11 @@ class Request:
     """Called with `crashes` when it grows, so that the next process may know."""
     masked: Callable[[ServerFacts], bool] | None = None
     """Whether the body for that server asks for its sampling mask; None: never."""
+    ask: Callable[[SGLangClient, bytes, float], Coroutine[Any, Any, Reply]] | None = None
+    """How the body is sent and its answer read (client, body, seconds that it may take); None: by /generate."""
+    divisible: bool = False
+    """Whoever asks makes smaller requests of it where it fails. So a crash or a timeout settles it at once: sent again
+    whole it would be poison, or out of time, and all that is in it with what did it."""
     sent: int = field(default=0, init=False)
     resets: int = field(default=0, init=False)
     strikes: int = field(default=0, init=False)
@@ -46,6 +52,11 @@ class Request:
     last: Server | None = field(default=None, init=False)
     source: Source | None = field(default=None, init=False)
     facts: ServerFacts | None = field(default=None, init=False)  # of `last`, when it was sent there
+
+    def counts_what(self, whole: Request, failure: RequestFailed) -> None:
+        """This is a part of `whole`, which failed: what was spent on that was spent on this. A refusal that may be
+        about another part is no strike."""
+        self.spent_s, self.strikes = whole.spent_s, whole.strikes if failure.rule.again else 0
 
 
 @dataclass(eq=False)

@@ -61,6 +61,10 @@ def planted(raw: dict, mistake: str, folder: Path) -> dict:
         path = folder / "judge.yaml"
         path.write_text(yaml.safe_dump({"user": "{prompt} {a} {b}", "verdicts": ["first", "second"]}))
         raw["quality"] = {"template": str(path)}
+    elif mistake == "template leaves no room":
+        raw["quality"] = {"template": "gram", "max_prompt_tokens": 900}
+    elif mistake == "fewer told apart than kept":
+        raw |= {"quality": {"top": 2}, "scoring": {"top_k": 3}}
     elif mistake == "answer without number":
         raw["sources"][0]["answer_key"] = "question"
         Path(raw["sources"][0]["path"]).write_text('{"question": "none"}\n')
@@ -72,7 +76,8 @@ def planted(raw: dict, mistake: str, folder: Path) -> dict:
     ("wrong column", "did you mean 'question'?"), ("heuristic out of range", "sampling_pipelines.1.processors.1.params"),
     ("missing heuristics file", "nowhere.yaml"), ("no model folder", "nomodel"), ("no tokenizer", "tokenizer.json"),
     ("bad range", "limits.max_failed"), ("bad type", "seeds"), ("no judge template", "did you mean 'gram'?"),
-    ("verdict is not one token", "first"), ("answer without number", "sums.jsonl:1"),
+    ("verdict is not one token", "first"), ("template leaves no room", "quality.max_prompt_tokens: 900 leave"),
+    ("fewer told apart than kept", "quality.top: the best 2 are told from the rest"), ("answer without number", "sums.jsonl:1"),
 ])
 def test_wrong_input_is_one_message_exit_code_2_and_no_request(winnow, tmp_path, tiny_model, mistake, said):
     with FakeSGLang() as server:

@@ -256,9 +256,9 @@ def test_a_shard_made_in_another_process_counts_when_it_is_whole(made):
     from flows.stages import ShardDone, _count
 
     made.progress.begin("generate", "requests", 40)
-    _count(made, ShardDone("generate", 0, "made", 16, 4, {"timeout": 2}, 90, 2.0, False), "requests")
-    _count(made, ShardDone("generate", 1, "reused", 16, 16, {"timeout": 1}, 90, 2.0, False), "requests")
-    _count(made, ShardDone("generate", 2, "made", 8, 0, {}, 90, 2.0, True), "requests")  # a thread's: counted already
+    _count(made, ShardDone("generate", 0, "made", 16, 4, {"timeout": 2}, 90, 2.0, False), "requests", 16)
+    _count(made, ShardDone("generate", 1, "reused", 16, 16, {"timeout": 1}, 90, 2.0, False), "requests", 16)
+    _count(made, ShardDone("generate", 2, "made", 8, 0, {}, 90, 2.0, True), "requests", 8)  # a thread's: counted already
     (stage,) = made.progress.snapshot()
     assert (stage.done, stage.already, stage.failures) == (32, 20, {"timeout": 2})
 

@@ -64,6 +64,20 @@ def test_a_server_that_is_not_what_is_expected_is_exit_code_2_and_gets_no_reques
         assert winnow("servers", "check", write({one.url: {"dtype": "half"}, two.url: {"context_length": 512}}))[0] == 0
 
 
+def test_a_judge_whose_context_is_too_short_for_its_prompts_is_refused_before_a_candidate_is_asked_for(
+        tmp_path, tiny_model):
+    with FakeSGLang() as writer, FakeSGLang(context_length=1024) as judge:
+        raw = make_config(tmp_path, tiny_model, [writer.url])
+        raw["servers"]["judge"] = [{"url": judge.url, "expect": {"context_length": 1024}}]
+        with pytest.raises(InputError, match=r"servers\.judge: http.*takes 1024 tokens.*may be 1600 long.*to 1023 or less"):
+            build(raw, GENERATE)
+        assert writer.requests == judge.requests == []
+        raw["quality"] = {"max_prompt_tokens": 1023}
+        ctx = build(raw | {"run": "short"}, ["generate", "verify", "quality"])
+        assert max(len(r["input_ids"]) for r in judge.judgements) <= 1023
+        assert ctx.store.read("labels/quality/shard-0000.parquet").column("rating").null_count == 0
+
+
 def test_a_mismatch_that_is_allowed_is_recorded_and_the_server_works(tmp_path, tiny_model, caplog):
     with FakeSGLang(dtype="half", preferred_sampling_params='{"top_k": 3}') as server:
         raw = make_config(tmp_path, tiny_model, [server.url], labels=[])

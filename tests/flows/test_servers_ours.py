@@ -69,8 +69,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("WINNOW_STATE_DIR", str(folder))
     monkeypatch.setattr(seats, "command", build)
     yield folder
-    for record in launcher.running(folder):
-        launcher.stop(record, 0)
+    launcher.stop_all(launcher.running(folder), 0)
 
 
 @pytest.fixture

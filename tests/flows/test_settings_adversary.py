@@ -22,7 +22,6 @@ from tasks.core.resolve import load_config, recorded_run
 from tasks.generation.grid import Grid
 from tasks.labels.quality.judge import Judge
 from tasks.labels.quality.labeller import QualityLabeller
-from tasks.serving.request import Outcome
 from tests.fake_sglang import FakeSGLang
 from tests.runs import build, expecting, make_config
 
@@ -277,7 +276,7 @@ def test_one_whose_inputs_are_others_is_refused_or_read_anew(alone, path, value)
 @pytest.mark.parametrize("spoil", [
     lambda t: t[: len(t) // 2], lambda t: "", lambda t: "[]", lambda t: "null", lambda t: t + "}",
     lambda t: t.replace('"run_seed": 0', '"run_seed": NaN'), lambda t: t.replace('"run_seed": 0', f'"run_seed": {10**60}'),
-    lambda t: t.replace('"prior_sd": 2.5', '"prior_sd": Infinity'), lambda t: t.replace("Déjà", "\\ud800"),
+    lambda t: t.replace('"prior_sd": "auto"', '"prior_sd": Infinity'), lambda t: t.replace("Déjà", "\\ud800"),
     lambda t: t.replace('"extra_rounds": 1', '"extra_rounds": 1, "more": 2'), lambda t: "\x00" * 64,
 ])
 def test_a_torn_or_senseless_one_is_an_error_of_the_input(alone, spoil):
@@ -319,19 +318,15 @@ def test_what_config_prints_is_what_a_server_is_sent(finished, alone, capsys, mo
 
 def test_a_verdict_is_that_of_the_first_place_however_much_the_judge_may_write():
     judge = Judge.__new__(Judge)
-    judge._tokens = (65, 66)
+    judge._verdicts = (65, 66)
     places = [[[-0.1, 65, None], [-3.0, 66, None]], [[-9.0, 65, None], [-0.01, 66, None]]]
-
-    class Reply:
-        meta = {"output_token_ids_logprobs": places}  # noqa: RUF012
-
-    first = judge._read(Outcome(Reply(), None, 1, None, None)).first  # type: ignore[arg-type]
+    first = judge.read({"output_token_ids_logprobs": places}).value
     assert first is not None and first > 0.9
     places.pop(0)
-    then = judge._read(Outcome(Reply(), None, 1, None, None)).first  # type: ignore[arg-type]
+    then = judge.read({"output_token_ids_logprobs": places}).value
     assert then is not None and then < 0.1
     places.clear()
-    assert "no_verdict" in (judge._read(Outcome(Reply(), None, 1, None, None)).reason or "")  # type: ignore[arg-type]
+    assert "no_verdict" in (judge.read({"output_token_ids_logprobs": places}).reason or "")
 
 
 # --- chat templates of all sorts, each role its own ---

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,20 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.prepare import check, open_run
-from flows.servers import running
-from tasks.context import Context, release
 from tasks.core.errors import InputError
-from tasks.core.resolve import load_config, recorded_run
-from tasks.pipeline import stage
 from tasks.publish.card import card
 from tasks.publish.report_data import gather
 from tasks.serving.launch import launcher
-from tasks.serving.launch.launch_spec import CPU_LAUNCHER, ROOT
-from tasks.serving.launch.launcher import LaunchSpec
-from tasks.serving.sglang_cpu import ensure_demo_model
-from tasks.stage import ensure
 from tests import runs
+from tests.flows.real_sglang import by_hand, generated
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 HEURISTICS = {"sampling_pipelines": [
@@ -37,25 +28,11 @@ HEURISTICS = {"sampling_pipelines": [
 
 
 @pytest.fixture(scope="module")
-def model() -> Path:
-    return ensure_demo_model(ROOT / "data/models/SmolLM2-135M-Instruct")
-
-
-@pytest.fixture(scope="module")
-def by_hand(model, tmp_path_factory) -> Iterator[str]:
-    """A server as somebody else starts it: a context length, and no word of the dtype."""
-    def build(spec: LaunchSpec, port: int) -> list[str]:
-        words = {"model-path": model, "port": port, "device": "cpu", "context-length": 4096,
-                 "attention-backend": "torch_native", "sampling-backend": "pytorch", "grammar-backend": "none",
-                 "cuda-graph-backend-decode": "disabled", "cuda-graph-backend-prefill": "disabled",
-                 "mem-fraction-static": 0.3, "max-total-tokens": 8192}
-        return [sys.executable, str(CPU_LAUNCHER), *(w for name, value in words.items() for w in (f"--{name}", str(value))),
-                "--disable-overlap-schedule", "--enable-custom-logit-processor", "--enable-deterministic-inference"]
-
-    record = launcher.start(LaunchSpec(model=str(model), device="cpu", ready_timeout_s=300),
-                            tmp_path_factory.mktemp("hand"), leashed=True, build=build)
-    yield record.url
-    launcher.stop(record)
+def others(model, tmp_path_factory) -> Iterator[str]:
+    """A context length, seeds, and no word of the dtype."""
+    words = ("--context-length", "4096", "--enable-deterministic-inference")
+    with by_hand(model, tmp_path_factory.mktemp("hand"), *words) as url:
+        yield url
 
 
 @pytest.fixture
@@ -64,8 +41,7 @@ def state(tmp_path, monkeypatch) -> Iterator[Path]:
     folder = tmp_path / "state"
     monkeypatch.setenv("WINNOW_STATE_DIR", str(folder))
     yield folder
-    for record in launcher.running(folder):
-        launcher.stop(record, 1)
+    launcher.stop_all(launcher.running(folder), 1)
 
 
 @pytest.fixture
@@ -90,21 +66,6 @@ def write(tmp_path, config) -> Callable[..., str]:
     return make
 
 
-def generated(path: str, run: str) -> tuple[Context, list[dict[str, Any]]]:
-    """The candidates of a config as the command line would have them, sorted by id."""
-    resolved, origins = load_config(Path(path), None, run)
-    with (plan := check(resolved, origins, recorded_run(Path(path)))).prompts:
-        ctx = open_run(plan)
-    try:
-        with running(ctx, lambda _: None) as served:
-            for shard in range(served.shards):
-                ensure(stage("generate"), served, shard)
-    finally:
-        release(ctx.url)
-    rows = [r for p in ctx.store.glob("candidates/*/*.parquet") for r in ctx.store.read(p).to_pylist()]
-    return Context(ctx.url), sorted(rows, key=lambda r: r["candidate_id"])
-
-
 # --- one that somebody else started ---
 
 @pytest.mark.parametrize(("expect", "differs"), [
@@ -120,20 +81,20 @@ def generated(path: str, run: str) -> tuple[Context, list[dict[str, Any]]]:
     ({"context_length": 4096, "flags": {"attention-backend": "triton"}}, "flags.attention-backend triton torch_native"),
     ({"context_length": 4096, "flags": {"attention_backend": "torch_native", "tp": 1}}, None),
 ])
-def test_what_a_real_server_resolved_is_what_counts(by_hand, state, write, winnow, expect, differs):
+def test_what_a_real_server_resolved_is_what_counts(others, state, write, winnow, expect, differs):
     masks = {"generation": {"generator": {"max_new_tokens": 8, "sampling_mask": True}}}
-    code, said = winnow("servers", "check", write({"url": by_hand, "expect": expect}, **masks))
+    code, said = winnow("servers", "check", write({"url": others, "expect": expect}, **masks))
     assert (code, "as asked for" in said) == ((2, False) if differs else (0, True)), said
     assert differs is None or differs in said
 
 
-def test_the_mend_that_a_refusal_prints_works_when_it_is_pasted(by_hand, state, write, winnow):
-    code, said = winnow("run", write({"url": by_hand, "expect": {"dtype": "float32", "flags": {"page-size": 4}}}))
+def test_the_mend_that_a_refusal_prints_works_when_it_is_pasted(others, state, write, winnow):
+    code, said = winnow("run", write({"url": others, "expect": {"dtype": "float32", "flags": {"page-size": 4}}}))
     assert code == 2
     pasted = yaml.safe_load(re.search(r"all at once: (expect: \{.*\}) Start it as", said)[1])  # type: ignore[index]
-    path = write({"url": by_hand} | pasted)
+    path = write({"url": others} | pasted)
     assert winnow("servers", "check", path)[0] == 0
-    ctx, rows = generated(path, "pasted")
+    ctx, rows = generated(Path(path), run="pasted")
     assert [(r["status"], r["seed_effective"]) for r in rows] == [("ok", True)] * 12
     (found,) = ctx.raw["servers"]["generator"]
     assert (found["how"], found["mismatch"]) == ("given", [])
@@ -141,8 +102,8 @@ def test_the_mend_that_a_refusal_prints_works_when_it_is_pasted(by_hand, state, 
     assert any("left to SGLang, which makes bfloat16 of it" in note for note in found["notes"])
 
 
-def test_a_mismatch_that_is_allowed_is_in_run_json_and_on_the_card(by_hand, state, config):
-    raw = config({"url": by_hand, "expect": {"dtype": "float32"}}, labels=["verifiers"], run="allowed",
+def test_a_mismatch_that_is_allowed_is_in_run_json_and_on_the_card(others, state, config):
+    raw = config({"url": others, "expect": {"dtype": "float32"}}, labels=["verifiers"], run="allowed",
                  scoring={"incorrect": "keep"})
     with pytest.raises(InputError, match="context_length"):
         runs.build(raw)
@@ -157,15 +118,15 @@ def test_a_mismatch_that_is_allowed_is_in_run_json_and_on_the_card(by_hand, stat
 
 
 def test_greedy_by_generation_config_is_the_engines_greedy_and_run_json_repeats_it(
-        by_hand, state, write, model, tmp_path):
+        others, state, write, model, tmp_path):
     shutil.copytree(model, tmp_path / "greedy")
     (tmp_path / "greedy/generation_config.json").write_text(
         json.dumps({"do_sample": False, "top_k": 20, "repetition_penalty": 1.05, "eos_token_id": [2], "pad_token_id": 2}))
-    path = write({"url": by_hand, "expect": {"context_length": 4096, "model": str(model)}},
+    path = write({"url": others, "expect": {"context_length": 4096, "model": str(model)}},
                  seeds=[0, 1, 2]).replace("run.yaml", "greedy.yaml")
     raw = yaml.safe_load((tmp_path / "run.yaml").read_text()) | {"model": {"path": str(tmp_path / "greedy")}}
     Path(path).write_text(yaml.safe_dump(raw))
-    ctx, rows = generated(path, "greedy")
+    ctx, rows = generated(Path(path), run="greedy")
     assert [r["status"] for r in rows] == ["ok"] * 18  # not one was refused with a 400
     names = {h["id"]: h["name"] for h in ctx.raw["heuristics"]}
     bare = [r for r in rows if names[r["heuristic_id"]] == "bare"]
@@ -174,12 +135,12 @@ def test_greedy_by_generation_config_is_the_engines_greedy_and_run_json_repeats_
     assert len({tuple(r["output_ids"]) for r in rows if r not in bare}) > 6
     for _, prompt_ids, output_ids in told:
         own = {"temperature": 0, "max_new_tokens": 8, "repetition_penalty": 1.05}
-        answer = post(by_hand, {"input_ids": prompt_ids, "sampling_params": own})
+        answer = post(others, {"input_ids": prompt_ids, "sampling_params": own})
         assert tuple(answer["output_ids"]) == output_ids
 
     (tmp_path / "heuristics.yaml").unlink()
     (tmp_path / "greedy/generation_config.json").unlink()
-    _, again = generated(ctx.store.path("run.json"), "again")
+    _, again = generated(Path(ctx.store.path("run.json")), run="again")
     kept = ("candidate_id", "output_ids", "output_logprobs", "sampling_params")
     assert [[r[k] for k in kept] for r in again] == [[r[k] for k in kept] for r in rows]
 

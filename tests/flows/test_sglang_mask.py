@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 
-from tasks.serving.launch import launcher
-from tasks.serving.launch.launcher import LaunchSpec
-from tasks.serving.sglang_cpu import ensure_demo_model
-from tests.flows.test_sglang_run import ROOT, small, verified
+from tests.flows.real_sglang import launched
+from tests.flows.test_sglang_run import small, verified
 from tests.runs import build
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1200)]
@@ -23,13 +21,10 @@ CUTS = {"k 20": {"top_k": 20}, "k 4096": {"top_k": 4096}, "greedy": {"top_k": 1}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[str]:
-    model = ensure_demo_model(ROOT / "data/models/SmolLM2-135M-Instruct")
-    spec = LaunchSpec(model=str(model), device="cpu", dtype="bfloat16", max_total_tokens=32768, ready_timeout_s=300,
-                      deterministic=False)
-    record = launcher.start(spec, tmp_path_factory.mktemp("servers"), leashed=True)
-    yield record.url
-    launcher.stop(record)
+def server(model, tmp_path_factory) -> Iterator[str]:
+    with launched(model, tmp_path_factory.mktemp("servers"), dtype="bfloat16", max_total_tokens=32768,
+                  deterministic=False) as url:
+        yield url
 
 
 def sampled(folder: Path, url: str, run: str, **generation: Any) -> dict[str, list[dict[str, Any]]]:

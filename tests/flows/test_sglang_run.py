@@ -21,7 +21,7 @@ from tasks.context import Context
 from tasks.core.tokenizer import decode
 from tasks.serving.launch import launcher
 from tasks.serving.launch.launcher import LaunchSpec
-from tasks.serving.sglang_cpu import ensure_demo_model
+from tests.flows.real_sglang import launched
 from tests.runs import build
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1200)]
@@ -30,16 +30,9 @@ VOLATILE = ("latency_s", "attempts", "server")
 
 
 @pytest.fixture(scope="module")
-def model() -> Path:
-    return ensure_demo_model(ROOT / "data/models/SmolLM2-135M-Instruct")
-
-
-@pytest.fixture(scope="module")
 def server(model, tmp_path_factory) -> Iterator[str]:
-    spec = LaunchSpec(model=str(model), device="cpu", dtype="bfloat16", max_total_tokens=32768, ready_timeout_s=300)
-    record = launcher.start(spec, tmp_path_factory.mktemp("servers"), leashed=True)
-    yield record.url
-    launcher.stop(record)
+    with launched(model, tmp_path_factory.mktemp("servers"), dtype="bfloat16", max_total_tokens=32768) as url:
+        yield url
 
 
 def small(folder: Path, url: str, run: str, **changes) -> dict:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,13 @@ class Nursery:
         self._process.wait(30)
         self._folder.cleanup()
 
-    def begin(self, raw: dict[str, Any], *, kill_at: int | None = None, room: tuple[str, int] | None = None) -> Child:
+    def begin(self, raw: dict[str, Any], *, kill_at: int | None = None, room: tuple[str, int] | None = None,
+              stages: Sequence[str] = ("generate", "verify")) -> Child:
         """Start to build `raw`; `room`: (part of a path, bytes): from the first change there no file may have more bytes,
         to the child as a disk that is full."""
         assert self._process.stdin is not None and self._process.stdout is not None
         out = Path(self._folder.name) / f"{len(self._children)}.json"
-        job = {"raw": raw, "kill_at": kill_at, "room": room, "out": str(out)}
+        job = {"raw": raw, "kill_at": kill_at, "room": room, "out": str(out), "stages": list(stages)}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         child = Child(int(self._process.stdout.readline()), out)
@@ -151,7 +153,7 @@ def _child(job: dict[str, Any]) -> int:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     code, said = 0, ""
     try:
-        build(job["raw"], ["generate", "verify"])
+        build(job["raw"], job["stages"])
     except WinnowError as error:
         code, said = error.exit_code, str(error)
     except BaseException:

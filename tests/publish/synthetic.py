@@ -15,7 +15,7 @@ from tasks.core.config import RunConfig
 from tasks.core.heuristics import Heuristic, Processor, expand
 from tasks.core.identity import prompt_id
 from tasks.core.store import Store
-from tasks.publish.score import Moments, score_shard
+from tasks.publish.score import LABELS, Moments, lead, score_shard
 from tasks.stage import shard_file
 from tests.asked import generation
 from tests.plain_ids import candidate_id, request_seed
@@ -36,8 +36,9 @@ def some_heuristics(count: int) -> list[Heuristic]:
 
 def make_run(folder: Path, *, heuristics: int = 12, prompts: int = 12, seeds: int = 3, shards: int = 2,
              labels: tuple[str, ...] = ("quality", "diversity", "verifiers"), verified_sources: bool = True,
-             failures: float = 0.04, seed: int = 0) -> Context:
-    """Write the run and open it."""
+             failures: float = 0.04, seed: int = 0, quality: dict[str, Any] | None = None, more_sources: int = 0,
+             rated: bool = True) -> Context:
+    """Write the run and open it. `more_sources`: beyond three; `rated`: whether quality could be labelled."""
     config = RunConfig.model_validate({
         "run": "synthetic", "runs_dir": str(folder), "model": {"path": "models/tiny", "revision": "abc123"},
         "sources": [
@@ -45,7 +46,9 @@ def make_run(folder: Path, *, heuristics: int = 12, prompts: int = 12, seeds: in
             {"name": "sums", "path": "g.jsonl", "license": "MIT"} | (
                 {"answer_key": "answer", "verifier": "gsm8k"} if verified_sources else {}),
             {"name": "chat", "path": "c.jsonl"},
+            *({"name": f"a-source-of-some-length-{n}", "path": f"{n}.jsonl"} for n in range(more_sources)),
         ],
+        "quality": quality or {},
         "heuristics": {"files": ["h.yaml"]}, "seeds": list(range(seeds)), "labels": list(labels),
         "generation": {"generator": {"max_new_tokens": 64}}, "engine": {"shard_prompts": -(-prompts // shards)},
     })
@@ -65,7 +68,7 @@ def make_run(folder: Path, *, heuristics: int = 12, prompts: int = 12, seeds: in
                                     "system_prompt": None}},
         "versions": {"winnow": "0.1.0", "python": "3.11.9", "sglang": "0.5.23"},
     })
-    writer = _Writer(store, config, chosen, np.random.default_rng(seed), failures)
+    writer = _Writer(store, config, chosen, np.random.default_rng(seed), failures, rated)
     writer.prompts(prompts, shards)
     for shard in range(shards):
         writer.shard(shard)
@@ -75,11 +78,12 @@ def make_run(folder: Path, *, heuristics: int = 12, prompts: int = 12, seeds: in
 
 class _Writer:
     def __init__(self, store: Store, config: RunConfig, heuristics: list[Heuristic], rng: np.random.Generator,
-                 failures: float) -> None:
-        self.store, self.config, self.rng, self.failures = store, config, rng, failures
+                 failures: float, rated: bool) -> None:
+        self.store, self.config, self.rng, self.failures, self.rated = store, config, rng, failures, rated
         self.chosen = [(h, h.id, float(rng.normal(0, 0.6)), float(rng.uniform(0.3, 1.0))) for h in heuristics]
         self.by_shard: list[list[Row]] = []
         self.frames: list[pl.DataFrame] = []
+        self.of_groups: dict[tuple[Any, ...], Row] = {}
 
     def prompts(self, count: int, shards: int) -> None:
         sources = self.config.sources
@@ -140,11 +144,12 @@ class _Writer:
         labels: dict[str, Row] = {r["candidate_id"]: {} for r in rows}
         if "quality" in wanted:
             for r in usable:
-                labels[r["candidate_id"]] |= {
-                    "rating": strength[r["heuristic_id"]][0] + float(rng.normal(0, 0.7)), "rating_se": 0.8,
-                    "comparisons": 5, "player": r["candidate_id"]}
-            self._write("quality", shard, usable, labels, schema.QUALITY)
-            self._comparisons(shard, usable)
+                level = strength[r["heuristic_id"]][0] + float(rng.normal(0, 0.7))
+                labels[r["candidate_id"]] |= self._pointwise(r, level) if (
+                    self.config.quality.method == "pointwise") else self._rated(r, level)
+            self._write("quality", shard, usable, labels, schema.QUALITY, calls=7 * (shard + 1), spared=shard)
+            if self.config.quality.method == "tournament":
+                self._comparisons(shard, usable)
         if "diversity" in wanted:
             diverse = {p["prompt_id"] for p in prompts if p["diversity"]}
             rows_of = [r for r in usable if r["prompt_id"] in diverse]
@@ -166,15 +171,34 @@ class _Writer:
                     "reward": None if silent else float(rng.random() < 0.5 + strength[r["heuristic_id"]][0] / 3),
                     "verdict_reason": "timeout: 10 s" if silent else None}
             self._write("verifiers", shard, rows_of, labels, schema.VERDICTS)
-        every = ("rating", "embedding_entropy", "self_bleu", "reward")
+        every = (*LABELS, "reliability")
         return pl.DataFrame([{k: r[k] for k in ("candidate_id", "prompt_id", "seed", "usable")}
                              | {c: labels[r["candidate_id"]].get(c) for c in every} for r in rows],
-                            schema_overrides=dict.fromkeys(every, pl.Float64))
+                            schema_overrides=dict.fromkeys(every, pl.Float64)).with_columns(lead("rm_score"))
 
-    def _write(self, name: str, shard: int, rows: list[Row], labels: dict[str, Row], columns: Any) -> None:
+    def _rated(self, row: Row, level: float) -> Row:
+        """The columns of a tournament; those of its group are drawn once a group."""
+        player = {"player": row["candidate_id"], "comparisons": 0}
+        if not self.rated:
+            return player | {"rating_flags": "disconnected"}
+        of_group = self.of_groups.setdefault((row["prompt_id"], row["seed"]), {
+            "settled": [True, False, None][self.rng.integers(3)], "reliability": float(self.rng.beta(6, 2)),
+            "prior_sd": float(self.rng.uniform(0.5, 1.5)), "dispersion": float(self.rng.uniform(0.2, 1)),
+            "rating_flags": "separated, not_converged" if self.rng.random() < 0.2 else None})
+        return player | of_group | {"rating": level, "rating_se": float(self.rng.uniform(0.3, 0.9)),
+                                    "comparisons": int(self.rng.integers(1, 9))}
+
+    def _pointwise(self, row: Row, level: float) -> Row:
+        """A score at the prompt's own level, a hundred times the spread within a prompt, or a reason."""
+        if not self.rated or self.rng.random() < 0.05:
+            return {"rm_reason": f"timeout: {SCRIPT}"}
+        own = self.of_groups.setdefault((row["prompt_id"],), {"level": float(self.rng.normal(0, 100))})
+        return {"rm_score": own["level"] + level}
+
+    def _write(self, name: str, shard: int, rows: list[Row], labels: dict[str, Row], columns: Any, **facts: Any) -> None:
         table = schema.table(({"candidate_id": r["candidate_id"]} | {
             k: v for k, v in labels[r["candidate_id"]].items() if k in columns.names} for r in rows), columns)
-        self.store.write_table(shard_file(f"labels/{name}", shard), table, "k")
+        self.store.write_table(shard_file(f"labels/{name}", shard), table, "k", **facts)
 
     def _comparisons(self, shard: int, usable: list[Row]) -> None:
         rng, groups, out = self.rng, {}, []
@@ -195,7 +219,7 @@ class _Writer:
         """Scores of all shards, and the dataset's row counts by way of its files."""
         if not self.config.labels:
             return
-        stats = {name: Moments() for name in ("rating", "embedding_entropy", "self_bleu", "reward")}
+        stats = {name: Moments() for name in LABELS}
         for frame in self.frames:
             stats = {name: moments + Moments.of(frame[name]) for name, moments in stats.items()}
         self.store.write_bytes("scores/stats.json", json.dumps({}).encode(), "k")

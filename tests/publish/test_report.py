@@ -6,6 +6,7 @@ import html.parser
 import json
 import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,10 @@ from hypothesis import strategies as st
 
 from tasks.context import Context
 from tasks.publish import report
+from tasks.publish.intervals import mean_interval, share_interval, wilson
 from tasks.publish.report_parts import figure_text, headline, markdown_table, num, pareto, ticks
-from tasks.publish.report_tally import (
-    HeuristicTally,
-    JudgeTally,
-    mean_interval,
-    quantile,
-    share_interval,
-    wilson,
-)
+from tasks.publish.report_quality import JudgeTally
+from tasks.publish.report_tally import HeuristicTally, quantile
 from tests.publish.synthetic import SCRIPT, make_run
 
 
@@ -46,8 +42,8 @@ def rows(ctx: Context) -> pl.DataFrame:
     """All candidates with their labels, joined by another engine."""
     root = ctx.store.root
     return duckdb.sql(f"""
-        SELECT v.*, rating, self_bleu, embedding_entropy, reward, kept, dropped FROM '{root}/verified/*.parquet' v
-        LEFT JOIN '{root}/labels/quality/*.parquet' USING (candidate_id)
+        SELECT v.*, q.* EXCLUDE (candidate_id), self_bleu, embedding_entropy, reward, kept, dropped FROM '{root}/verified/*.parquet' v
+        LEFT JOIN '{root}/labels/quality/*.parquet' q USING (candidate_id)
         LEFT JOIN '{root}/labels/diversity/*.parquet' USING (candidate_id)
         LEFT JOIN '{root}/labels/verifiers/*.parquet' USING (candidate_id)
         LEFT JOIN '{root}/scores/*.parquet' s USING (candidate_id)""").pl()
@@ -58,7 +54,9 @@ VARIANTS = {
     "no labels": {"labels": ()}, "verifiers only": {"labels": ("verifiers",), "failures": 0.0},
     "one seed, all labels": {"seeds": 1}, "diversity only": {"labels": ("diversity",)},
     "one heuristic, one prompt": {"heuristics": 1, "prompts": 1, "shards": 1, "seeds": 1, "failures": 0.0},
-    "everything failed": {"failures": 1.0, "prompts": 4},
+    "everything failed": {"failures": 1.0, "prompts": 4}, "pointwise": {"quality": {"method": "pointwise"}},
+    "nothing rated": {"rated": False, "labels": ("quality",)},
+    "nothing scored": {"rated": False, "labels": ("quality",), "quality": {"method": "pointwise"}},
 }
 
 
@@ -113,11 +111,14 @@ def test_a_heuristics_figures_equal_those_computed_from_all_rows(data: dict[str,
 
 
 def _cluster_interval(own: pl.DataFrame) -> tuple[float, float]:
-    """By residuals, the textbook's way: sandwich of a regression on a constant."""
+    """By residuals, the textbook's way: sandwich of a regression on a constant; at least the values' own errors."""
     mean = own["rating"].mean()
     scores = [(part["rating"] - mean).sum() for _, part in own.group_by("prompt_id")]
     se = np.sqrt(len(scores) / (len(scores) - 1) * np.square(scores).sum()) / own.height
-    return scipy.stats.t(len(scores) - 1, mean, se).interval(0.95)
+    own_se = np.sqrt(np.square(own["rating_se"]).sum()) / own.height
+    low, high = scipy.stats.t(len(scores) - 1, mean, se).interval(0.95)
+    least_low, least_high = scipy.stats.norm(mean, own_se).interval(0.95)
+    return min(low, least_low), max(high, least_high)
 
 
 def test_intervals_cover_the_truth_when_seeds_of_a_prompt_are_alike() -> None:
@@ -140,7 +141,7 @@ def test_wilson_equals_scipys(n: int, draw: st.DataObject) -> None:
     assert wilson(right, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
-def _sums(per_prompt: list[tuple[int, int]]) -> dict[str, float]:
+def _sums(per_prompt: Sequence[tuple[float, float]]) -> dict[str, float]:
     n, s = np.array(per_prompt).T
     return {"x_n": n.sum(), "x_s": s.sum(), "x_clusters": len(n), "x_nn": (n * n).sum(), "x_ss": (s * s).sum(),
             "x_ns": (n * s).sum()}
@@ -149,18 +150,43 @@ def _sums(per_prompt: list[tuple[int, int]]) -> dict[str, float]:
 def test_a_pass_rate_counts_equal_answers_to_a_prompt_once() -> None:
     independent = share_interval(_sums([(1, 1)] * 6 + [(1, 0)] * 4), "x")
     assert independent == pytest.approx((0.6, *wilson(6, 10)), abs=1e-6)
-    assert share_interval(_sums([(8, 8)] * 6 + [(8, 0)] * 4), "x") == pytest.approx(independent, abs=1e-6)
+    _, low, high = share_interval(_sums([(8, 8)] * 6 + [(8, 0)] * 4), "x")  # how alike they are is guessed from ten
+    assert low < independent[1] < independent[2] < high and high - low < 0.65  # type: ignore[operator]
+    many = share_interval(_sums([(8, 8)] * 600 + [(8, 0)] * 400), "x")
+    assert many == pytest.approx((0.6, *wilson(600, 1000)), abs=2e-4)
     assert share_interval(_sums([(8, 8)] * 3), "x") == pytest.approx((1.0, *wilson(3, 3)), abs=1e-6)
-    assert share_interval(_sums([(8, 4)] * 3), "x") == pytest.approx((0.5, *wilson(12, 24)), abs=1e-6)
 
 
-def test_one_prompt_has_a_mean_and_no_interval() -> None:
+def test_the_interval_of_a_share_covers_it_whether_or_not_answers_are_alike() -> None:
+    rng, draws = np.random.default_rng(2), 600
+    for prompts, alike in ((4, 0.2), (10, 0.0), (10, 0.3), (40, 0.5)):
+        hits = 0
+        for _ in range(draws):
+            n = rng.integers(4, 13, prompts)
+            p = rng.beta(0.7 * (1 / alike - 1), 0.3 * (1 / alike - 1), prompts) if alike else 0.7
+            _, low, high = share_interval(_sums(list(zip(n, rng.binomial(n, p), strict=True))), "x")
+            hits += low <= 0.7 <= high  # type: ignore[operator]
+        assert hits / draws >= 0.92, (prompts, alike)
+
+
+def test_one_prompt_has_a_mean_and_no_interval_and_its_share_a_wide_one() -> None:
     assert mean_interval(_sums([(4, 6)]), "x") == (1.5, None, None)
     assert mean_interval({"x_n": 0, "x_s": 0.0, "x_clusters": 0}, "x") == (None, None, None)
+    assert share_interval(_sums([(50, 25)]), "x") == pytest.approx((0.5, *wilson(0.5, 1)), abs=1e-6)
+    _, low, high = share_interval(_sums([(50, 25), (50, 25)]), "x")
+    assert low < 0.2 and high > 0.8  # type: ignore[operator]
+
+
+def test_prompts_that_happen_to_be_equal_have_no_interval_but_that_of_their_own_errors() -> None:
+    equal = _sums([(2, 0.2)] * 3)
+    assert mean_interval(equal, "x") == (0.1, None, None)
+    half = 1.959964 * np.sqrt(6 * 0.5**2) / 6
+    assert mean_interval(equal | {"x_v": 6 * 0.5**2}, "x") == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-6)
 
 
 def test_adding_shards_equals_adding_all_at_once(rows: pl.DataFrame) -> None:
-    frame = rows.with_columns(pl.col("kept").fill_null(False), correct=(pl.col("reward") >= 1).cast(pl.Int64))
+    frame = rows.with_columns(pl.col("kept").fill_null(False), correct=(pl.col("reward") >= 1).cast(pl.Int64),
+                              rm_lead=pl.col("rm_score"))
     whole, parts = HeuristicTally(), HeuristicTally()
     whole.add(frame)
     for _, part in frame.group_by("prompt_id"):
@@ -172,7 +198,7 @@ def test_adding_shards_equals_adding_all_at_once(rows: pl.DataFrame) -> None:
 
 def test_the_judges_figures_follow_from_its_pairs() -> None:
     pairs = pl.DataFrame({
-        "a": list("prtv"), "b": list("qsuw"), "p_first": [0.9, 0.8, 0.3, None], "p_second": [0.7, 0.2, 0.1, None],
+        "prompt_id": list("1122"), "a": list("prtv"), "b": list("qsuw"), "p_first": [0.9, 0.8, 0.3, None], "p_second": [0.7, 0.2, 0.1, None],
         "outcome": [0.8, 0.5, 0.2, None], "outside": [0.1, 0.2, 0.3, None],
         "reason": [None, None, None, "timeout: 3 s; timeout: 4 s"]})
     rewards = pl.DataFrame({"candidate_id": list("pqrstu"), "reward": [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]})
@@ -180,14 +206,15 @@ def test_the_judges_figures_follow_from_its_pairs() -> None:
     tally.add(pairs, rewards)
     found = tally.figures()
     assert found is not None
-    assert (found["comparisons"], found["calls"], found["judged"], found["abstained"]) == (4, 8, 3, 1)
+    assert (found["comparisons"], found["judged"], found["abstained"], found["abstained_share"]) == (4, 3, 1, 0.25)
     assert found["reasons"] == {"timeout": 1}
     assert found["flips"] == 1 and found["flip_rate"] == pytest.approx(1 / 3, abs=1e-6)
     # first shown: (0.9 + 0.3) / 2, (0.8 + 0.8) / 2, (0.3 + 0.9) / 2
     assert found["first_shown"] == pytest.approx((0.6 + 0.8 + 0.6) / 3, abs=1e-6)
     assert found["outside"] == pytest.approx(0.2)
-    # the undecided pair says nothing; of the two others one is right
-    assert found["verifier"]["pairs"] == 2 and found["verifier"]["agrees"] == 0.5
+    # one for the right one, one for the wrong one, one undecided
+    assert (found["verifier"]["pairs"], found["verifier"]["prompts"], found["verifier"]["undecided"]) == (3, 2, 1)
+    assert found["verifier"]["agrees"] == 0.5 and found["verifier"]["high"] - found["verifier"]["low"] > 0.5
 
 
 def test_verification_facts_are_summed_over_shards(ctx: Context, data: dict[str, Any]) -> None:
@@ -263,13 +290,14 @@ def test_what_is_not_labelled_is_null_and_said(variants: dict[str, dict[str, Any
     if name == "no labels":
         assert data["funnel"]["kept"] is None and data["ranked_by"] is None
         assert all(h["kept"] is None for h in data["heuristics"])
-    elif name != "everything failed":
+    elif name not in ("everything failed", "nothing rated", "nothing scored"):
         assert sum(h["kept"] for h in data["heuristics"]) == data["funnel"]["kept"] > 0
 
 
 def test_ranking_falls_back_to_the_label_there_is(variants: dict[str, dict[str, Any]]) -> None:
     assert variants["verifiers only"]["ranked_by"] == "pass_rate"
     assert variants["diversity only"]["ranked_by"] == "embedding_entropy"
+    assert variants["pointwise"]["ranked_by"] == "rm_score" and variants["nothing scored"]["ranked_by"] is None
     assert "verifier pass rate" in headline(variants["verifiers only"])[0]
 
 
@@ -319,7 +347,8 @@ def test_text_that_wants_to_be_html_stays_text_wherever_it_comes_from(data: dict
             return {k: poison(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [poison(v, key) for v in value]
-        return nasty if isinstance(value, str) and key not in ("ranked_by", "name", "labels", "per") else value
+        return nasty if isinstance(value, str) and key not in (
+                "ranked_by", "name", "labels", "per", "prior_sd") else value
 
     poisoned = poison(data)
     for h in poisoned["heuristics"]:
@@ -344,14 +373,6 @@ def test_a_long_leaderboard_shows_its_ends_and_folds_the_rest(tmp_path: Path) ->
     assert shown.count('class="iv"') == 40 and folded.count('class="iv"') == 60
     assert "20 more between" in shown and 'class="sortable"' in folded
     assert "<h2>Temperature and truncation</h2>" not in page  # 60 scattered heuristics are no grid
-
-
-def test_a_whole_grid_is_shown_by_temperature_and_truncation(tmp_path: Path) -> None:
-    whole = report.gather(make_run(tmp_path, heuristics=400, prompts=2, seeds=1, shards=1, labels=("quality",)))
-    page = report.render_html(whole)
-    grid = page.split("<h2>Temperature and truncation</h2>")[1].split("</section>")[0]
-    assert grid.count("<tr>") == 33 and 'scope="row">no truncation<' in grid
-    assert "top_p 0.77" not in grid  # beside the grid
 
 
 def test_the_headline_names_the_winner_its_rivals_and_its_cost(data: dict[str, Any]) -> None:

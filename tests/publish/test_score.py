@@ -14,7 +14,7 @@ from tasks.publish.score import LABELS, Moments, score_shard
 number = st.one_of(st.none(), st.floats(-5, 5), st.sampled_from([0.0, 1.0]))
 candidate = st.fixed_dictionaries({
     "prompt_id": st.sampled_from(["p", "q"]), "seed": st.sampled_from([0, 1]), "usable": st.sampled_from([True, True, False]),
-    "rating": number, "embedding_entropy": number, "self_bleu": number,
+    "rating": number, "rm_score": number, "embedding_entropy": number, "self_bleu": number,
     "reward": st.one_of(st.none(), st.sampled_from([0.0, 1.0]))})
 scorings = st.builds(lambda q, d, c, k, per, bad: Scoring.model_validate({
     "weights": {"quality": q, "diversity": d, "correctness": c}, "top_k": k, "per": per, "incorrect": bad}),
@@ -44,7 +44,8 @@ def reference(rows: list[dict], scoring: Scoring) -> dict[str, tuple]:
     for row in rows:
         entropy, bleu = z(row, "embedding_entropy"), z(row, "self_bleu")
         diverse = [v for v in (entropy, None if bleu is None else -bleu) if v is not None]
-        parts = [(scoring.weights.quality, z(row, "rating")), (scoring.weights.correctness, z(row, "reward")),
+        rated = any(r["usable"] and r["rating"] is not None for r in rows)
+        parts = [(scoring.weights.quality, z(row, "rating" if rated else "rm_score")), (scoring.weights.correctness, z(row, "reward")),
                  (scoring.weights.diversity, statistics.fmean(diverse) if diverse else None)]
         there = [(w, v) for w, v in parts if v is not None]
         total = sum(w for w, _ in there)
@@ -92,7 +93,7 @@ def test_scores_equal_the_definition_row_by_row(rows, scoring):
 
 
 def test_ties_are_broken_by_id_and_missing_labels_renormalise():
-    base = {"prompt_id": "p", "seed": 0, "usable": True, "embedding_entropy": None, "self_bleu": None}
+    base = {"prompt_id": "p", "seed": 0, "usable": True, "rm_score": None, "embedding_entropy": None, "self_bleu": None}
     rows = [base | {"candidate_id": "b", "rating": 1.0, "reward": None}, base | {"candidate_id": "a", "rating": 1.0, "reward": None},
             base | {"candidate_id": "c", "rating": -1.0, "reward": 1.0}, base | {"candidate_id": "d", "rating": -1.0, "reward": 0.0}]
     made = score_shard(frame_of(rows), stats_of(rows), Scoring()).to_dicts()

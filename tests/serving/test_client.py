@@ -317,6 +317,52 @@ def kinds_of(ids: list[Any]) -> list[str]:
     return asyncio.run(run())
 
 
+# --- /classify ---
+
+def item(score: Any, rid: Any = None, **meta: Any) -> dict[str, Any]:
+    return {"embedding": score, "meta_info": {"id": rid, "finish_reason": {"type": "length", "length": 0}, **meta}}
+
+
+def classified(*bodies: Any, rids: tuple[str, ...] = ("a", "b")) -> list[Any]:
+    """The scores of each answer, or the kind of its failure."""
+    async def run() -> list[Any]:
+        async with answering(*(http(b, "200 OK", "Connection: close") for b in bodies)) as url:
+            client, out = SGLangClient(url), []
+            for _ in bodies:
+                try:
+                    out.append((await client.classify(b"{}", 5, rids=rids)).scores)
+                except RequestFailed as error:
+                    out.append(error.kind)
+            await client.close()
+            return out
+
+    return asyncio.run(run())
+
+
+def test_what_classify_says_of_each_text_is_read_in_order_as_it_is():
+    assert classified([item([1.5], "a"), item([2, 3], "b")]) == [[[1.5], [2, 3]]]
+    assert classified([item([1.5]), item(None)]) == [[[1.5], None]]  # what is no score is its reader's matter
+
+
+@pytest.mark.parametrize("body", [
+    "", "null", "{}", item([1.5], "a"), [], [item([1.5], "a")], [item([1.5], "a")] * 3, [item([1.5], "a"), None],
+    [item([1.5], "a"), {"embedding": [1.0]}], [item([1.5], "a"), {"meta_info": {"id": "b", "finish_reason": None}}],
+    [item([1.5], "b"), item([2.5], "a")], [item([1.5], "a"), item([2.5], "a")], [item([1.5], "a"), item([2.5], ["b"])],
+    [item([1.5], "a"), item([2.5], "c")], json.dumps([item([float("nan")], "a"), item([1.0], "b")]),
+])
+def test_what_is_no_answer_to_these_texts_is_a_bad_response(body):
+    assert classified(body) == ["bad_response"]
+
+
+def test_a_text_that_the_server_gave_up_is_an_abort_of_its_list():
+    assert classified([item([1.0], "a"), item(None, "b", finish_reason={"type": "abort", "message": "m"})]) == ["aborted"]
+
+
+def test_texts_of_another_request_are_told_by_their_ids_where_the_server_bears_them():
+    good, foreign = [item([1.0], "a"), item([2.0], "b")], [item([1.0], "x"), item([2.0], "y")]
+    assert classified(foreign, good, foreign) == [[[1.0], [2.0]], [[1.0], [2.0]], "bad_response"]
+
+
 def test_an_answer_to_another_request_is_told_by_its_id_where_the_server_bears_them():
     assert kinds_of(["r", "s", "r", 5]) == ["ok", "bad_response", "ok", "bad_response"]
     assert kinds_of(["a", "b", None]) == ["ok", "ok", "ok"]  # it, or a proxy, numbers requests its own way

@@ -196,9 +196,9 @@ def test_a_server_is_not_asked_before_the_time_it_named(status):
             came.append(time.monotonic())
             return await super()._generate(request)
 
-        async def _answer(self, request: Any, payload: Any, fault: str | None, arrived: float) -> Any:
+        async def _answer(self, request: Any, payload: Any, fault: str | None, *rest: Any) -> Any:
             await asyncio.sleep(0 if fault else 0.15)
-            return await super()._answer(request, payload, fault, arrived)
+            return await super()._answer(request, payload, fault, *rest)
 
     with Busy(fault=lambda n, p: status if n == 2 else None, retry_after=1) as busy, FakeSGLang(delay_s=0.01) as other:
         asking = asked([busy, other], 250, limit=4)

@@ -5,50 +5,60 @@ outcomes y in [0, 1] (the share of the win that goes to the first) and weights w
 
     l(r) = sum_k w_k [ y_k log s(d_k) + (1 - y_k) log s(-d_k) ],    d_k = r_i(k) - r_j(k),  s the logistic.
 
-`fit` maximises l(r) - sum r^2 / (2 prior_sd^2): independent normal priors, so weak that they matter only
-where the data say little (few or one-sided comparisons), and there keep the ratings finite. The posterior
-is strictly concave; Newton's method with halved steps finds its one maximum.
+`fit` maximises l(r) / dispersion - sum r^2 / (2 prior_sd^2): independent normal priors, which decide where the
+data say little (few or one-sided comparisons), and there keep the ratings finite. The posterior is strictly
+concave; Newton's method with halved steps finds its one maximum. Both numbers are in the result: whoever
+maximises this with them gets the same ratings. "auto" learns them from the group's own outcomes; see
+`bradley_terry_prior`, which also says what the standard errors then take in.
 
-**What the standard errors mean.** The Hessian's inverse, in the space of ratings with mean 0, treats each
-comparison of weight 1 as one independent toss of a coin with the model's probability. Simulated share of
-true ratings within 1.96 se (32 players, prior_sd 2.5; true deviation: that of the true ratings, logits):
+**Comparing prompts.** A rating is a logit: 1 more means odds of 2.7 to 1 by the expected verdict of the judge,
+whatever the prompt. Every group has mean 0, so a rating says how far above the average candidate *of its
+prompt* one is. Where outcomes say little, ratings are shrunk towards 0 by their group's own prior;
+`reliability` says how much of the differences they tell.
 
-* tosses in random pairs, 10 or 24 a player: 95 to 97 %, for true deviations from 0.5 to 2;
-* tosses in Swiss pairs, 6 or 10 rounds: 94 to 96 % for true deviations of 1.5 and 2, but 88 to 90 % for 1 and
-  75 to 81 % for 0.5. A Swiss tournament sorts by the luck of its earlier rounds, and that stretches the
-  ratings of players that differ little (a smaller prior_sd holds them: the true deviation, where known);
-* soft verdicts in 6 Swiss rounds (the true probability with noise on its logit): 96 to 100 % for noise of
-  up to 1 logit, 92 to 99 % for 2, 81 to 89 % for 4.
+**Do the intervals tell the truth?** Share of true ratings within 1.96 se, "auto", for 8, 16, 64 and 143 players in
+6, 7, 8 and 10 rounds, of groups whose true ratings deviate by `spread` logits (`benchmarks/coverage.py`; simulation
+error 0.2 to 1.2 %; 95.1 % over all, 95.3 % with a fifth of the verdicts abstained):
 
-They know nothing of a judge's own bias, and a pair entered twice counts twice: give each judgement once.
+    verdicts              pairs     spread 0.5                spread 1                  spread 2
+    one toss              random    98.9  97.3  96.1  95.2    95.9  93.5  95.2  94.2    94.0  93.7  95.1  93.9
+                          Swiss     98.8  98.6  98.2  96.3    96.0  94.9  92.7  93.7    95.3  92.8  93.9  93.3
+    mean of two tosses    random    98.0  95.6  94.9  96.0    96.2  94.0  95.0  94.8    94.8  95.5  95.6  94.3
+                          Swiss     97.8  96.7  93.8  94.0    96.1  94.7  95.1  95.2    96.7  95.3  95.2  94.5
+    soft, 0.5 logits of   random    96.5  95.5  94.1  94.8    96.2  94.9  94.1  94.6    96.0  95.7  96.2  94.9
+    noise                 Swiss     95.7  94.2  94.5  94.6    96.1  95.1  93.7  95.5    96.0  95.8  95.2  95.0
+    soft, 1 logit of      random    96.4  94.8  94.6  94.5    94.5  93.6  94.4  93.9    93.7  94.2  95.1  95.6
+    noise                 Swiss     96.1  93.7  94.2  92.2    94.7  94.8  94.1  95.0    93.8  95.5  93.4  94.4
+
+Above 97 % are few tosses between players that differ little: they can't tell that spread from a wider one, and the
+errors allow for it. A fixed prior_sd has the errors of its Hessian, which hold where it is the true deviation,
+outcomes are many and verdicts are tosses or hardly noisy. Noise that keeps a verdict's mean (Beta, say) is
+taken for noise in its log odds: too wide then.
+
+The errors know nothing of a bias that all of a judge's verdicts share. One of b logits towards a position cancels in
+the mean of both orders' log odds, which the labels are fitted to (`tournament.pooled`); of tosses in both orders it
+flattens the mean, for equals by 4 s(b) s(-b): 0.94 for 0.5 logits, 0.79 for 1.
+A pair entered twice counts twice: give each judgement once.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from threadpoolctl import ThreadpoolController
 
+from tasks.labels.quality.bradley_terry_posterior import MAX_ITERATIONS, Comparisons, Floats, Ints, log_likelihood
+from tasks.labels.quality.bradley_terry_prior import SD_MEDIAN, Calibration, calibrate, dispersion_at, with_prior
+
 log = logging.getLogger(__name__)
-
-PRIOR_SD = 2.5
-"""Logits. One player a deviation above another wins 92 of 100: claims beyond that want data. Weaker priors
-widen the ratings of a Swiss tournament, stronger ones shrink them (simulated, see above)."""
-
-MAX_ITERATIONS = 200
-TOLERANCE = 1e-18
-"""Converged when half the squared Newton decrement, the log posterior still to be gained, is below this
-share of the total weight; the last step then moved no rating by more than about 1e-8 logits."""
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +71,8 @@ class Fit:
     rating: np.ma.MaskedArray
     """(n,) natural logits, mean 0 over the rated players."""
     se: np.ma.MaskedArray
-    """(n,) standard error of `rating`, in logits. Between components it is the prior's spread."""
+    """(n,) standard error of `rating`, in logits. Between components it is the prior's spread. With a prior_sd of
+    "auto" it is the root mean square distance of the true rating, what is unknown of the prior included."""
     comparisons: Ints
     """(n,) comparisons that count (weight > 0) per player."""
     rated: npt.NDArray[np.bool_]
@@ -76,7 +87,17 @@ class Fit:
     converged: bool
     """Whether the maximum was reached; a warning is logged if not."""
     log_likelihood: float
-    """At `rating`, without the prior; nats."""
+    """At `rating`, of the outcomes with their weights: without prior and dispersion; nats."""
+    prior_sd: float | None
+    """Logits; None: no prior (choix)."""
+    dispersion: float
+    """Variance of an outcome as a share of a toss's, p (1 - p)."""
+    reliability: float | None
+    """Share of the variance of the true ratings that the ratings explain, sum r^2 / (sum r^2 + sum se^2) over
+    the rated: the separation reliability of posterior means (Adams 2005); of ratings without a prior, which
+    errors spread, 1 - sum se^2 / sum r^2 (Wright and Masters 1982). None for fewer than two."""
+    solver: Literal["newton", "choix"]
+    """Which one found the ratings."""
 
 
 @functools.cache
@@ -91,7 +112,11 @@ def fit(
     j: npt.ArrayLike,
     outcome: npt.ArrayLike,
     weight: npt.ArrayLike | None = None,
-    prior_sd: float = PRIOR_SD,
+    prior_sd: float | Literal["auto"] = "auto",
+    dispersion: float | Literal["auto"] = "auto",
+    *,
+    start: npt.ArrayLike | None = None,
+    solver: Literal["newton", "choix"] = "newton",
     max_iterations: int = MAX_ITERATIONS,
 ) -> Fit:
     """The posterior mode and its standard errors (see the module's docstring).
@@ -100,39 +125,116 @@ def fit(
         i, j: (m,) integers in [0, n_players), the two players of each comparison.
         outcome: (m,) in [0, 1], the share of the win that goes to `i`. Leave abstentions out.
         weight: (m,) not negative, how many comparisons each counts for; None for one each.
-        prior_sd: standard deviation of the prior of each rating, logits; positive.
+        prior_sd: standard deviation of the prior of each rating, logits; positive. With a number, the standard
+            errors are those of the Hessian at the mode.
+        dispersion: variance of an outcome as a share of a toss's; positive; 1 for tosses.
+        start: (n_players,) ratings to begin at, as those of the round before; nan or masked stands for 0.
+        solver: choix: maximum likelihood by `choix.ilsr_pairwise_dense`, without a prior, standard errors by our
+            Hessian (too narrow for tosses in Swiss pairs: a check of ratings, not of errors). A group that has no
+            such maximum (disconnected or separated, or choix did not converge) is fitted by newton, with the
+            prior, and `Fit.solver` says so.
 
     Raises:
         ValueError: arrays of different lengths, players out of range or against themselves, outcomes
-            outside [0, 1], weights that are negative or not finite.
+            outside [0, 1], weights that are negative or not finite, a prior_sd or dispersion not positive.
     """
-    first, second, share, mass = _checked(n_players, i, j, outcome, weight, prior_sd)
+    first, second, share, mass = _checked(n_players, i, j, outcome, weight)
+    given = {name: _number(name, value) for name, value in [("prior_sd", prior_sd), ("dispersion", dispersion)]}
+    begin = _start(n_players, start)
     comparisons = np.bincount(np.concatenate([first, second]), minlength=n_players)
     rated = comparisons > 0
     component, separated = _structure(n_players, first, second, share)
+    connected = len(np.unique(component[rated])) <= 1
     rating, se = np.zeros(n_players), np.zeros(n_players)
-    converged = True
+    found, used = _nothing(**given), "newton"
     if rated.any():
         dense = np.cumsum(rated) - 1
+        data = Comparisons(dense[first], dense[second], share, mass, component[rated], max_iterations)
         # One thread: at these sizes a second one costs far more than it gives.
         with _blas().limit(limits=1, user_api="blas"):
-            data = _Comparisons(dense[first], dense[second], share, mass, component[rated], max_iterations)
-            rating[rated], converged = data.mode(prior_sd)
-            se[rated] = data.standard_errors(rating[rated], prior_sd)
-    if not converged:
+            by_choix = _choix(data, given["dispersion"]) if solver == "choix" and connected and not separated else None
+            found = by_choix or _newton(data, **given, start=None if begin is None else begin[rated])
+        used = "choix" if by_choix else "newton"
+        rating[rated], se[rated] = found.rating, found.se
+    if solver != used:
+        log.warning("Bradley-Terry: choix has no answer for %d players and %d comparisons (connected: %s, "
+                    "separated: %s); fitted with a prior", n_players, len(first), connected, separated)
+    if not found.converged:
         log.warning("Bradley-Terry: no convergence after %d iterations on %d players and %d comparisons",
                     max_iterations, n_players, len(first))
+    squares = float(rating @ rating)
     return Fit(
         rating=np.ma.MaskedArray(rating, ~rated),
         se=np.ma.MaskedArray(se, ~rated),
         comparisons=comparisons,
         rated=rated,
-        connected=len(np.unique(component[rated])) <= 1,
+        connected=connected,
         separated=separated,
         component=component,
-        converged=converged,
-        log_likelihood=_log_likelihood(rating[first] - rating[second], share, mass),
+        converged=found.converged,
+        log_likelihood=log_likelihood(rating[first] - rating[second], share, mass),
+        prior_sd=found.prior_sd if math.isfinite(found.prior_sd) else None,
+        dispersion=found.dispersion,
+        reliability=_reliability(squares, float(se @ se), math.isfinite(found.prior_sd)) if rated.any() else None,
+        solver=used,
     )
+
+
+def _reliability(squares: float, errors: float, has_prior: bool) -> float:
+    if has_prior:
+        return squares / (squares + errors)
+    return max(0.0, 1 - errors / squares) if squares else 0.0
+
+
+def _nothing(prior_sd: float | None, dispersion: float | None) -> Calibration:
+    """Of a group without comparisons."""
+    return Calibration(np.zeros(0), np.zeros(0), prior_sd or SD_MEDIAN, dispersion or 1.0, True)
+
+
+def _newton(data: Comparisons, prior_sd: float | None, dispersion: float | None, start: Floats | None) -> Calibration:
+    if prior_sd is None:
+        return calibrate(data, dispersion, start)
+    return with_prior(data, prior_sd, dispersion, start)
+
+
+def _choix(data: Comparisons, dispersion: float | None) -> Calibration | None:
+    """The maximum of the likelihood, which must exist; None if choix did not find it."""
+    import choix  # the one solver that nobody need have installed
+
+    n = len(data.component)
+    wins = np.zeros((n, n))
+    np.add.at(wins, (data.first, data.second), data.mass * data.share)
+    np.add.at(wins, (data.second, data.first), data.mass * (1 - data.share))
+    try:
+        with np.errstate(all="ignore"):
+            rating = choix.ilsr_pairwise_dense(wins, alpha=0, max_iter=1000, tol=1e-9)
+    except (RuntimeError, ValueError, np.linalg.LinAlgError):
+        return None
+    if not np.isfinite(rating).all():
+        return None
+    rating = rating - rating.mean()
+    covariance = data.covariance(rating, math.inf)
+    noise = dispersion_at(data, rating, covariance, 1.0) if dispersion is None else dispersion
+    se = np.sqrt(np.maximum(noise * np.diag(covariance), 0))
+    return Calibration(rating, se, math.inf, noise, True)
+
+
+def _number(name: str, value: float | str) -> float | None:
+    """None stands for auto."""
+    if value == "auto":
+        return None
+    if isinstance(value, str) or not value > 0:
+        raise ValueError(f"{name}: must be positive or auto, got {value}")
+    return float(value)
+
+
+def _start(n: int, start: npt.ArrayLike | None) -> Floats | None:
+    if start is None:
+        return None
+    ratings = np.ma.filled(np.ma.asarray(start, float), 0.0)
+    if ratings.shape != (n,):
+        raise ValueError(f"start: one rating for each of {n} players, got shape {ratings.shape}")
+    return np.where(np.isfinite(ratings), ratings, 0.0)
 
 
 def _checked(
@@ -141,7 +243,6 @@ def _checked(
     j: npt.ArrayLike,
     outcome: npt.ArrayLike,
     weight: npt.ArrayLike | None,
-    sd: float,
 ) -> tuple[Ints, Ints, Floats, Floats]:
     """The comparisons as arrays, without those of weight 0."""
     raw_first, raw_second = np.asarray(i), np.asarray(j)
@@ -161,8 +262,6 @@ def _checked(
         raise ValueError("outcome: must be in [0, 1]; leave abstentions out")
     if not ((mass >= 0) & np.isfinite(mass)).all():
         raise ValueError("weight: must be finite and not negative")
-    if not sd > 0:
-        raise ValueError(f"prior_sd: must be positive, got {sd}")
     used = mass > 0
     return first[used], second[used], share[used], mass[used]
 
@@ -179,73 +278,3 @@ def _structure(n: int, first: Ints, second: Ints, share: Floats) -> tuple[Ints, 
     weak, component = connected_components(beats, directed=True, connection="weak")
     strong, _ = connected_components(beats, directed=True, connection="strong")
     return component.astype(np.int64), bool(strong > weak)
-
-
-def _log_likelihood(d: Floats, share: Floats, mass: Floats) -> float:
-    # log s(d) = -log(1 + exp(-d)), without overflow.
-    return float(-(mass * (share * np.logaddexp(0, -d) + (1 - share) * np.logaddexp(0, d))).sum())
-
-
-def _logistic(x: Floats) -> Floats:
-    return 0.5 * (1 + np.tanh(x / 2))
-
-
-@dataclass(frozen=True, eq=False)
-class _Comparisons:
-    """Checked comparisons among n players of whom each has one at least; `component` is (n,)."""
-
-    first: Ints
-    second: Ints
-    share: Floats
-    mass: Floats
-    component: Ints
-    max_iterations: int
-
-    def mode(self, prior_sd: float) -> tuple[Floats, bool]:
-        """The (n,) ratings that maximise the posterior, by Newton's method; and whether it converged."""
-        # Shifting a component changes nothing but the prior, which holds its mean at 0: the start and every
-        # gradient have mean 0 there. Any curvature along the shift will do; 1 keeps the matrix well scaled.
-        same = self.component[:, None] == self.component[None, :]
-        shift = same / same.sum(axis=1)
-        rating = np.zeros(len(self.component))
-        for _ in range(self.max_iterations):
-            gradient = self._gradient(rating, prior_sd)
-            step = scipy.linalg.solve(self._hessian(rating, prior_sd) + shift, gradient, assume_a="pos")
-            gain = float(gradient @ step) / 2
-            now, scale = self._posterior(rating, prior_sd), 1.0
-            # Armijo's rule; near the maximum the differences drown in rounding, and the full step is right.
-            rounding = 1e-14 * (1 + abs(now))
-            while scale > 1e-6:
-                if self._posterior(rating + scale * step, prior_sd) >= now + 0.1 * scale * gain - rounding:
-                    break
-                scale /= 2
-            rating = rating + scale * step
-            if gain <= TOLERANCE * self.mass.sum():
-                return rating, True
-        return rating, False
-
-    def standard_errors(self, rating: Floats, prior_sd: float) -> Floats:
-        """(n,) roots of the diagonal of the Hessian's inverse on the ratings with mean 0."""
-        n = len(rating)
-        # The constant vector is an eigenvector of the Hessian, eigenvalue 1 / prior_sd**2: take it out.
-        mean = np.full((n, n), 1 / n)
-        covariance = scipy.linalg.inv(self._hessian(rating, prior_sd) + mean) - mean / (1 + prior_sd**-2)
-        return np.sqrt(np.maximum(np.diag(covariance), 0))
-
-    def _posterior(self, r: Floats, prior_sd: float) -> float:
-        likelihood = _log_likelihood(r[self.first] - r[self.second], self.share, self.mass)
-        return likelihood - float(r @ r) / prior_sd**2 / 2
-
-    def _gradient(self, r: Floats, prior_sd: float) -> Floats:
-        residual = self.mass * (self.share - _logistic(r[self.first] - r[self.second]))
-        return np.bincount(self.first, residual, len(r)) - np.bincount(self.second, residual, len(r)) \
-            - r / prior_sd**2
-
-    def _hessian(self, r: Floats, prior_sd: float) -> Floats:
-        """(n, n), of the negative log posterior: positive definite."""
-        p = _logistic(np.abs(r[self.first] - r[self.second]))
-        curvature = np.zeros((len(r), len(r)))
-        np.add.at(curvature, (self.first, self.second), -self.mass * p * (1 - p))
-        curvature += curvature.T
-        curvature[np.diag_indices(len(r))] = prior_sd**-2 - curvature.sum(axis=1)
-        return curvature

@@ -1,29 +1,38 @@
-"""Quality: the candidates of each (prompt, seed) play a Swiss tournament and get Bradley-Terry ratings.
+"""Quality: the candidates of each (prompt, seed) play a tournament, or get a scalar each from a reward model.
 
-Equal texts share one player. All tournaments of a shard play at once, so that the judge stays busy while
-one of them waits for its round.
+Groups are read a block of prompts at a time, and as many of them play at once as keep the judges busy: the rounds of
+one never wait for another's.
 """
 
 from __future__ import annotations
 
+import asyncio
 import collections
-import math
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 
 from tasks.context import Context
 from tasks.core import schema
-from tasks.core.identity import digest
+from tasks.core.config import RunConfig
 from tasks.generation.prompts import read_shard
-from tasks.labels.base import Labeller, groups
-from tasks.labels.quality import bradley_terry
-from tasks.labels.quality.judge import Judge, Verdict, sampling_params, template_of
-from tasks.labels.quality.swiss import Swiss
-from tasks.serving.loop import gather_all
+from tasks.labels.base import Group, Labeller, blocks
+from tasks.labels.quality.judge import Judge, sampling_params, template_of
+from tasks.labels.quality.pointwise import RewardModel
+from tasks.labels.quality.tournament import planned_calls, play, players_of, rules_of
 from tasks.stage import shard_file
 
 Row = dict[str, Any]
+Label = Callable[[tuple[Any, ...], list[Row]], Awaitable[tuple[list[Row], list[Row]]]]
+"""A group to its rows of COMPARISONS and QUALITY."""
+
+_KEYS = ("prompt_id", "seed")
+_CELLS = 25_000_000
+"""Most cells of the covariance matrices of all tournaments at work: some 250 MB."""
+_LOOK_S = 0.2
+"""How soon more groups begin when the servers turn out to take more."""
 
 
 def transcript(messages: list[Row]) -> str:
@@ -38,130 +47,135 @@ def transcript(messages: list[Row]) -> str:
 
 
 class QualityLabeller(Labeller):
-    """`labels/quality/` and `comparisons/`."""
+    """`labels/quality/` and, of a tournament, `comparisons/`."""
 
-    name, unit, schema = "quality", "judge calls", schema.QUALITY
+    name, unit, schema, version = "quality", "judge calls", schema.QUALITY, 2
 
     def settings(self, ctx: Context) -> Any:
-        """Method, template, judge and the seed of the pairings."""
+        """Method, judge, what it is asked, and the seed of the pairings."""
         quality = ctx.config.quality
-        return [quality.model_dump(exclude={"model", "template"}), template_of(ctx).digest,
-                ctx.chat_template("judge").digest, sampling_params(ctx), ctx.config.judge_model.model_dump(),
-                ctx.config.run_seed]
+        judge = [ctx.config.judge_model.model_dump(), ctx.chat_template("judge").digest]
+        if quality.method == "pointwise":
+            return [quality.method, quality.max_prompt_tokens, *judge, RewardModel.settings(ctx)]
+        return [asdict(rules_of(ctx.config)), quality.solver, quality.max_prompt_tokens, template_of(ctx).digest,
+                sampling_params(ctx), ctx.config.run_seed, *judge]
 
     def signatures(self, ctx: Context) -> dict[str, str]:
-        """Judge, template and model of the ratings."""
+        """Judge, template and model of the labels."""
         quality = ctx.config.quality
+        if quality.method == "pointwise":
+            return {"rm_score": RewardModel.signature(ctx)}
         template = template_of(ctx)
-        text = (f"bradley-terry|map:normal|prior_sd:{quality.prior_sd:g}|pairing:swiss+{quality.extra_rounds}|orders:2|"
-                f"judge:{ctx.config.judge_model.path}|template:{template.name}:{template.digest}")
-        return {"rating": text, "rating_se": text}
+        prior = quality.prior_sd if quality.prior_sd == "auto" else f"{quality.prior_sd:g}"
+        rounds = f"log2+{quality.extra_rounds}" if quality.rounds is None else quality.rounds
+        aim = (f"top:{ctx.config.quality_top}@{quality.confidence:g}" if quality.schedule == "top_k"
+               else f"reliability:{quality.reliability:g}")
+        model = ctx.config.judge_model
+        judge = f"{model.path}@{model.revision}" if model.revision else model.path
+        fitted = f"map:normal|prior_sd:{prior}" if quality.solver == "newton" else f"ml:choix|else:map:prior_sd:{prior}"
+        text = (f"bradley-terry|{fitted}|schedule:{quality.schedule}|{aim}|"
+                f"stop:{quality.stop}|rounds:{rounds}|orders:2:mean-log-odds|judge:{judge}|"
+                f"template:{template.name}:{template.digest}")
+        return {"rating": text, "rating_se": text, "reliability": text}
 
     def outputs(self, ctx: Context, shard: int) -> list[str]:
-        """Ratings and the comparisons they were fitted to."""
-        return [self.path(shard), shard_file("comparisons", shard)]
+        """Labels and, of a tournament, the comparisons that the ratings were fitted to."""
+        return [self.path(shard), *([shard_file("comparisons", shard)]
+                                    if ctx.config.quality.method == "tournament" else [])]
 
     def size(self, ctx: Context, shard: int) -> int:
-        """Judge calls if no text stands twice: two orders of every pair."""
-        sizes = collections.Counter((r["prompt_id"], r["seed"]) for g in _groups(ctx, shard).values() for r in g)
-        return sum(planned_calls(n, ctx.config.quality.extra_rounds) for n in sizes.values())
+        """Judgements that the labels took or, before they stand, the most that they can take: if no text stands twice
+        and no tournament ends early, two orders of every pair."""
+        manifest = ctx.store.manifest(self.path(shard))
+        if manifest and manifest.key == self.key(ctx, shard):
+            return manifest.facts["calls"] + manifest.facts["spared"]
+        sizes = collections.Counter(tuple(row[k] for k in _KEYS) for block in blocks(ctx, shard, [], _KEYS)
+                                    for _, rows in block for row in rows)
+        return sum(calls_of(n, ctx.config) for n in sizes.values())
 
     def run(self, ctx: Context, shard: int) -> None:
-        """Play every group, fit, write."""
-        prompts = {p["prompt_id"]: transcript(p["messages"]) for p in read_shard(ctx.store, shard).to_pylist()}
-        work = list(_groups(ctx, shard).items())
-        judge = Judge(ctx, shard)
-        played: dict[tuple[Any, ...], list[Row]] = {}
+        """Label every group and write."""
+        prompts = {p["prompt_id"]: p["messages"] for p in read_shard(ctx.store, shard).to_pylist()}
+        pointwise = ctx.config.quality.method == "pointwise"
+        judge: Judge | RewardModel = RewardModel(ctx, shard) if pointwise else Judge(ctx, shard)
 
-        async def play_all() -> None:
-            waiting = iter(work)
+        async def label(group: tuple[Any, ...], rows: list[Row]) -> tuple[list[Row], list[Row]]:
+            prompt_id, seed = group
+            if isinstance(judge, Judge):
+                return await play(ctx, judge, transcript(prompts[prompt_id]), prompt_id, seed, rows)
+            return [], await _scored(ctx, judge, prompts[prompt_id], rows)
 
-            async def table() -> None:
-                for (prompt_id, seed), rows in waiting:
-                    played[prompt_id, seed] = await _play(ctx, judge, prompts[prompt_id], prompt_id, seed, rows)
-
-            pairs = max(1, min(len(rows) for _, rows in work) // 2)
-            tables = math.ceil(1.5 * judge.pool.places / (2 * pairs)) + 1
-            await gather_all(table() for _ in range(min(tables, len(work))))
+        async def label_all() -> list[tuple[pa.Table, pa.Table]]:
+            return await _label_all(blocks(ctx, shard, ["text"], _KEYS), label, lambda: judge.pool.places)
 
         try:
-            if work:
-                ctx.loop.run(play_all)
+            made = ctx.loop.run(label_all)
         except BaseException:
-            judge.close(done=False)
+            judge.kept.close(done=False)
             raise
-        labels = [row for group, rows in work
-                  for row in rate(rows, played[group], ctx.config.quality.prior_sd)]
-        key = self.key(ctx, shard)
-        comparisons = [row for group, _ in work for row in played[group]]
-        ctx.store.write_table(shard_file("comparisons", shard), schema.table(comparisons, schema.COMPARISONS), key)
-        ctx.store.write_table(self.path(shard), schema.table(labels, schema.QUALITY), key)
-        judge.close(done=True)
+        key, facts = self.key(ctx, shard), {"calls": judge.kept.calls, "spared": judge.kept.spared}
+        if not pointwise:
+            ctx.store.write_batches(shard_file("comparisons", shard), (c for c, _ in made), schema.COMPARISONS, key)
+        ctx.store.write_batches(self.path(shard), (q for _, q in made), schema.QUALITY, key, **facts)
+        judge.kept.close(done=True)
 
 
-def _groups(ctx: Context, shard: int) -> dict[tuple[Any, ...], list[Row]]:
-    return groups(ctx, shard, ["text"], by=("prompt_id", "seed"))
+def calls_of(candidates: int, config: RunConfig) -> int:
+    """Most judge calls of one group."""
+    return candidates if config.quality.method == "pointwise" else planned_calls(candidates, config)
 
 
-def planned_calls(players: int, extra_rounds: int) -> int:
-    """Judge calls of one tournament: two orders of every pair of every round."""
-    return Swiss([str(n) for n in range(players)], 0, extra_rounds=extra_rounds).rounds * (players // 2) * 2
+async def _label_all(work: Iterator[list[Group]], label: Label, places: Callable[[], int],
+                     ) -> list[tuple[pa.Table, pa.Table]]:
+    """(comparisons, labels) of each block in order. So many groups are at work that the servers stay full (`places`
+    requests at once) even when each group waits for a single pair, as far as memory allows."""
+    made: dict[int, dict[int, tuple[list[Row], list[Row]]]] = {}
+    tables: dict[int, tuple[pa.Table, pa.Table]] = {}
+    at_work: dict[asyncio.Task[None], int] = {}  # and the cells of its matrices
+
+    async def one(block: int, number: int, of: int, group: Group) -> None:
+        done = made.setdefault(block, {})
+        done[number] = await label(*group)
+        if len(done) == of:
+            del made[block]
+            tables[block] = await asyncio.to_thread(_tables, [done[n] for n in range(of)])
+
+    unread = _numbered(work)
+    following = await asyncio.to_thread(next, unread, None)  # which may read a block
+    try:
+        while at_work or following:
+            while following and len(at_work) < places() + 2:
+                cells = len(following[3][1]) ** 2
+                if at_work and sum(at_work.values()) + cells > _CELLS:
+                    break
+                at_work[asyncio.create_task(one(*following))] = cells
+                following = await asyncio.to_thread(next, unread, None)
+            ended, _ = await asyncio.wait(at_work, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                del at_work[task]
+            await asyncio.gather(*ended)  # which raises the first failure, and has seen the others
+    finally:
+        for task in at_work:
+            task.cancel()
+        await asyncio.gather(*at_work, return_exceptions=True)
+    return [tables[n] for n in sorted(tables)]
 
 
-def players_of(rows: list[Row]) -> dict[str, str]:
-    """text -> the candidate that stands for it: the lowest id among equal texts."""
-    out: dict[str, str] = {}
-    for row in rows:
-        out[row["text"]] = min(out.get(row["text"], row["candidate_id"]), row["candidate_id"])
-    return out
+def _numbered(work: Iterator[list[Group]]) -> Iterator[tuple[int, int, int, Group]]:
+    for block, found in enumerate(work):
+        for number, group in enumerate(found):
+            yield block, number, len(found), group
 
 
-async def _play(ctx: Context, judge: Judge, prompt: str, prompt_id: str, seed: int, rows: list[Row]) -> list[Row]:
-    """All rounds of one group; the comparisons as rows."""
-    texts = {player: text for text, player in players_of(rows).items()}
-    extra = ctx.config.quality.extra_rounds
-    swiss = Swiss(list(texts), int(digest("pairing", ctx.config.run_seed, prompt_id, seed, size=4), 16),
-                  extra_rounds=extra)
-    out: list[Row] = []
-    while pairs := swiss.next_round():
-        verdicts = await gather_all(judge.compare(prompt, texts[a], texts[b]) for a, b in pairs)
-        for (a, b), (first, second) in zip(pairs, verdicts, strict=True):
-            row = comparison(a, b, first, second)
-            swiss.record(a, b, row["outcome"])
-            out.append(row | {"prompt_id": prompt_id, "seed": seed, "round": swiss.rounds_started - 1,
-                              "judge": ctx.config.judge_model.path, "template": judge.template.digest})
-    # what equal texts saved was planned: say it is done
-    ctx.progress.advance("quality", max(0, planned_calls(len(rows), extra) - 2 * len(out)))
-    return out
+def _tables(labelled: list[tuple[list[Row], list[Row]]]) -> tuple[pa.Table, pa.Table]:
+    return (schema.table((row for played, _ in labelled for row in played), schema.COMPARISONS),
+            schema.table((row for _, labels in labelled for row in labels), schema.QUALITY))
 
 
-def comparison(a: str, b: str, first: Verdict, second: Verdict) -> Row:
-    """The row of a pair: `first` has a shown first, `second` has b shown first."""
-    p_first = first.first
-    p_second = None if second.first is None else 1.0 - second.first
-    outcome = (p_first + p_second) / 2 if p_first is not None and p_second is not None else None
-    outside = [v.outside for v in (first, second) if v.outside is not None]
-    reasons = dict.fromkeys(v.reason for v in (first, second) if v.reason)
-    return {"a": a, "b": b, "p_first": p_first, "p_second": p_second, "outcome": outcome,
-            "outside": sum(outside) / len(outside) if outside else None, "reason": "; ".join(reasons) or None}
-
-
-def rate(rows: list[Row], comparisons: list[Row], prior_sd: float) -> list[Row]:
-    """Quality rows of one group's candidates (schema QUALITY); null where a text was never judged."""
+async def _scored(ctx: Context, judge: RewardModel, messages: list[Row], rows: list[Row]) -> list[Row]:
+    """The rows of a group whose texts are scored one by one; equal texts once."""
     player = players_of(rows)
-    index = {p: n for n, p in enumerate(sorted(player.values()))}
-    judged = [c for c in comparisons if c["outcome"] is not None]
-    fit = bradley_terry.fit(
-        len(index), np.array([index[c["a"]] for c in judged], dtype=np.int64),
-        np.array([index[c["b"]] for c in judged], dtype=np.int64),
-        np.array([c["outcome"] for c in judged], dtype=np.float64), prior_sd=prior_sd)
-    rating, se = fit.rating.tolist(), fit.se.tolist()
-    flags = ", ".join(name for name, on in [("disconnected", not fit.connected), ("separated", fit.separated),
-                                            ("not_converged", not fit.converged)] if on) or None
-    out = []
-    for row in rows:
-        stands = player[row["text"]]
-        n = index[stands]
-        out.append({"candidate_id": row["candidate_id"], "rating": rating[n], "rating_se": se[n],
-                    "comparisons": int(fit.comparisons[n]), "rating_flags": flags, "player": stands})
-    return out
+    found = dict(zip(player, await judge.score(messages, list(player)), strict=True))
+    ctx.progress.spare("quality", len(rows) - len(player))
+    return [{"candidate_id": row["candidate_id"], "player": player[row["text"]],
+             "rm_score": found[row["text"]].score, "rm_reason": found[row["text"]].reason} for row in rows]

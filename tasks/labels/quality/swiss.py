@@ -24,14 +24,25 @@ BYE_POINTS = 0.5
 Pair = tuple[str, str]
 
 
+def rounds_of(players: int, rounds: int | None = None, extra_rounds: int = 1) -> int:
+    """Rounds of a tournament: `rounds`, or ceil(log2 players) + extra_rounds where that is None. Never more
+    than a round robin has (n - 1 for an even number of players, n for an odd one); 0 below two players.
+
+    Raises ValueError: a negative number of rounds.
+    """
+    wanted = math.ceil(math.log2(max(players, 1))) + extra_rounds if rounds is None else rounds
+    if wanted < 0:
+        raise ValueError(f"rounds: must not be negative, got {wanted}")
+    return min(wanted, players + players % 2 - 1) if players > 1 else 0
+
+
 class Swiss:
     """The state of one tournament; a function of (players as a set, seed, rounds, results) alone.
 
     Args:
         players: distinct ids, in any order.
         seed: not negative; decides ties in the standings and the seats of a round robin.
-        rounds: None for ceil(log2 n) + extra_rounds. Never more than a round robin has (n - 1 for an even
-            number of players, n for an odd one); no rounds for fewer than two players.
+        rounds, extra_rounds: see `rounds_of`.
 
     Raises:
         ValueError: repeated players, negative seed or rounds.
@@ -46,12 +57,9 @@ class Swiss:
         if seed < 0:
             raise ValueError(f"seed: must not be negative, got {seed}")
         n = len(self._players)
-        wanted = (math.ceil(math.log2(n)) if n else 0) + extra_rounds if rounds is None else rounds
-        if wanted < 0:
-            raise ValueError(f"rounds: must not be negative, got {wanted}")
         self._seed = seed
         self._seats = n + n % 2
-        self.rounds = min(wanted, self._seats - 1) if n > 1 else 0
+        self.rounds = rounds_of(n, rounds, extra_rounds)
         self.rounds_started = 0
         self.points: dict[str, float] = dict.fromkeys(self._players, 0.0)
         # None stands for the bye: an opponent like any other, whom everybody may meet once.

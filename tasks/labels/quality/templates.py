@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,9 +86,9 @@ class JudgeTemplate:
         del content["name"]
         return digest("judge_template", content)
 
-    def with_system(self, text: str) -> JudgeTemplate:
-        """The same template with this system turn in place of its own."""
-        return dataclasses.replace(self, system=text)
+    def with_system(self, text: str | None) -> JudgeTemplate:
+        """The same template with this system turn in place of its own, which None leaves."""
+        return self if text is None else dataclasses.replace(self, system=text)
 
     def recorded(self) -> dict[str, Any]:
         """As JSON, for `from_recorded`: the digest and every field."""
@@ -126,23 +127,8 @@ class JudgeTemplate:
             ValueError: the template alone leaves no room for contents.
             InputError: the chat template refuses the turns.
         """
-        contents = [_defused(tokenizer, text) for text in (prompt, a, b)]
-        ids = self._encode(tokenizer, chat, *contents)
-        if max_tokens is None or len(ids) <= max_tokens:
-            return ids
-        lengths = [_length(tokenizer, text) for text in contents]
-        room = max_tokens - len(self._encode(tokenizer, chat, "", "", ""))
-        # Tokens can merge or split where texts meet, so what should fit may be a few tokens too long.
-        cap = _equal_share(lengths, room)
-        least = _length(tokenizer, MARKER) + 2
-        while cap >= least:
-            cut = [_cut(tokenizer, text, n, cap) for text, n in zip(contents, lengths, strict=True)]
-            ids = self._encode(tokenizer, chat, *cut)
-            if len(ids) <= max_tokens:
-                return ids
-            cap -= 1
-        raise ValueError(f"max_tokens: {max_tokens} leave {max(room, 0)} for prompt and answers beside judge "
-                         f"template '{self.name}'; allow more, or take a shorter template")
+        return fitted(tokenizer, [prompt, a, b], max_tokens,
+                      lambda contents: self._encode(tokenizer, chat, *contents), f"judge template '{self.name}'")
 
     def verdict_token_ids(
         self, tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None = None
@@ -154,11 +140,11 @@ class JudgeTemplate:
             InputError: the chat template refuses the turns.
         """
         where = f"judge template '{self.name}'"
-        before = self._text(tokenizer, chat, "p", "a", "b")
-        head = _ids(tokenizer, before)
+        before = self.text(tokenizer, chat, "p", "a", "b")
+        head = encode(tokenizer, before)
         found = []
         for verdict in self.verdicts:
-            ids = _ids(tokenizer, before + verdict)
+            ids = encode(tokenizer, before + verdict)
             if ids[: len(head)] != head:
                 raise ValueError(f"{where}: the verdict '{verdict}' merges with the text before it, "
                                  f"{before[-20:]!r}; end assistant_prefix without a space and begin the "
@@ -174,9 +160,9 @@ class JudgeTemplate:
     def _encode(
         self, tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None, prompt: str, a: str, b: str
     ) -> list[int]:
-        return _ids(tokenizer, self._text(tokenizer, chat, prompt, a, b))
+        return encode(tokenizer, self.text(tokenizer, chat, prompt, a, b))
 
-    def _text(
+    def text(
         self, tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None, prompt: str, a: str, b: str
     ) -> str:
         turns = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -192,12 +178,39 @@ class JudgeTemplate:
         return re.sub(r"\{(prompt|a|b)\}", lambda match: values[match[1]], self.user)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def fitted(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int | None,
+           rendered: Callable[[Sequence[str]], list[int]], where: str) -> list[int]:
+    """`rendered(texts)`, the texts defused and, where that is longer than `max_tokens`, cut as `JudgeTemplate.render`
+    says: each to at most the same number of tokens.
+
+    Raises ValueError, which names `where` they stand, if that leaves no room for them.
+    """
+    contents = [defused(tokenizer, text) for text in texts]
+    ids = rendered(contents)
+    if max_tokens is None or len(ids) <= max_tokens:
+        return ids
+    lengths = [_length(tokenizer, text) for text in contents]
+    room = max_tokens - len(rendered([""] * len(contents)))
+    # Tokens can merge or split where texts meet, so what should fit may be a few tokens too long.
+    cap = _equal_share(lengths, room)
+    least = _length(tokenizer, MARKER) + 2
+    while cap >= least:
+        cut = [_cut(tokenizer, text, n, cap) for text, n in zip(contents, lengths, strict=True)]
+        ids = rendered(cut)
+        if len(ids) <= max_tokens:
+            return ids
+        cap -= 1
+    raise ValueError(f"max_tokens: {max_tokens} leave {max(room, 0)} for prompt and answers beside {where}; allow "
+                     "more, or take a shorter template")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text as it is, nothing added."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
 
 def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    return len(_ids(tokenizer, text))
+    return len(encode(tokenizer, text))
 
 
 @functools.lru_cache(maxsize=8)
@@ -207,7 +220,8 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
-def _defused(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def defused(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text, in which a special token's text is no special token."""
     pattern = _special(tokenizer)
     return text if pattern is None else pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 

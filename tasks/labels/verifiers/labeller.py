@@ -37,7 +37,8 @@ class VerifierLabeller(Labeller):
             for p in read_shard(ctx.store, shard).select(["prompt_id", "verifier", "ground_truth"]).to_pylist()
             if p["verifier"]
         }
-        rows = read_verified(ctx, shard).select(["candidate_id", "prompt_id", "text"]).to_pylist()
+        tables = read_verified(ctx, shard, ["candidate_id", "prompt_id", "text"])
+        rows = [row for table in tables for row in table.to_pylist()]
         rows = [row for row in rows if row["prompt_id"] in checks]
         jobs = [(checks[r["prompt_id"]][0], r["text"], checks[r["prompt_id"]][1]) for r in rows]
         verdicts = []

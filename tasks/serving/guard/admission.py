@@ -12,7 +12,7 @@ from tasks.serving.client import ServerFacts
 from tasks.serving.guard.asked import asked_of
 from tasks.serving.guard.guard import Difference, changed, differences
 from tasks.serving.guard.same_model import same_model
-from tasks.serving.launch.launch_spec import LaunchSpec, from_launch
+from tasks.serving.launch.launch_spec import classifies, specs_of
 
 Recorded = Mapping[str, Sequence[Mapping[str, Any]]]
 """Role -> its servers, as `run.json` has them."""
@@ -27,9 +27,14 @@ def refusal(config: RunConfig, heuristics: Iterable[Heuristic], recorded: Record
     for what would be sampled another way without a word.
     """
     heuristics = list(heuristics)
-    if not facts.generates:
+    wanted = {classifies(config, role) for role in roles}
+    if not facts.generates and False in wanted:
         return "it serves an embedding or reward model, which does not generate"
+    if facts.generates and True in wanted:
+        return "it serves a model that generates, and quality.method pointwise asks a reward model"
     if "generator" in roles and (why := compiling.unfit(facts, heuristics)):
+        return why
+    if "judge" in roles and (why := cramped(config, facts)):
         return why
     for role in roles if not config.allow_mismatch else ():
         if found := departures(config, heuristics, recorded, facts, role):
@@ -37,12 +42,15 @@ def refusal(config: RunConfig, heuristics: Iterable[Heuristic], recorded: Record
     return None
 
 
-def spec_of_entry(config: RunConfig, role: str, server: ServerConfig) -> LaunchSpec | None:
-    """How a server of this entry is started, whichever GPU it is on; None for a `url`."""
-    if server.launch is None:
+def cramped(config: RunConfig, facts: ServerFacts) -> str | None:
+    """Why a judge's prompts do not fit into a server's context, or None."""
+    if "quality" not in config.labels or facts.context is None:
         return None
-    model = config.judge_model if role == "judge" else config.model
-    return from_launch(server.launch, role=role, model=model, generation=config.generation.role(role))[0]
+    if (most := facts.context - 1) >= config.quality.max_prompt_tokens:  # the verdict takes one
+        return None
+    return (f"it takes {facts.context} tokens, and a judge's prompt may be {config.quality.max_prompt_tokens} long: "
+            f"set quality.max_prompt_tokens to {most} or less (longer texts then lose their middle), or serve it with "
+            "a longer context")
 
 
 def departures(config: RunConfig, heuristics: list[Heuristic], recorded: Recorded, facts: ServerFacts, role: str
@@ -57,7 +65,8 @@ def departures(config: RunConfig, heuristics: list[Heuristic], recorded: Recorde
     own = next((entries[s["entry"]] for s in recorded[role] if s["url"] == facts.url and s.get("entry") is not None),
                next((e for e in entries if e.url and e.url.rstrip("/") == facts.url), None))
     if own is not None:
-        return differences(asked_of(config, role, own, heuristics), facts, spec_of_entry(config, role, own))
+        spec = next(iter(specs_of(config, role, own)), None)  # whichever GPU it is on
+        return differences(asked_of(config, role, own, heuristics), facts, spec)
     asked = asked_of(config, role, entries[0], heuristics)
     others = [changed(_facts(s), facts, asked) for s in _accepted(recorded, role)]
     return min(others, key=len) if others else differences(asked, facts)

@@ -10,6 +10,8 @@ from tasks.core.config import RunConfig, ServerConfig
 from tasks.core.heuristics import Heuristic
 from tasks.serving.compile import compile_heuristic
 from tasks.serving.guard import told
+from tasks.serving.launch.flags import flag_name
+from tasks.serving.launch.launch_spec import classifies
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ FIELDS = (
 )
 REVISION = Field("revision", "revision", told.text, shows_unset=True)
 BY_FLAG = {f.flag: f for f in (*FIELDS, REVISION)}
+KIND = "is-embedding"
+"""Not compared as a flag: some reward models are served as such without it. What counts is what the server is."""
 SHAPING = ("quantization", "kv-cache-dtype", "json-model-override-args", "enable-watermark")
 """Flags that make another model of the same weights, or bend what it says: not asked for is asked for without."""
 
@@ -67,6 +71,8 @@ class Asked:
     """More SGLang flags."""
     ignored: frozenset[str] = frozenset()
     """Names of settings that can't matter here."""
+    classifies: bool = False
+    """A reward model, asked at /classify; else one that generates."""
 
     def shown(self) -> dict[str, Any]:
         """For `run.json`."""
@@ -82,8 +88,7 @@ def asked_of(config: RunConfig, role: str, server: ServerConfig, heuristics: Ite
     judge, whose verdict is one token's probabilities, has no use for.
     """
     settings, generation = server.settings, config.generation.role(role)
-    model = config.judge_model if role == "judge" else config.model
-    speculation = settings.speculation
+    model, speculation = config.model_of(role), settings.speculation
     values: dict[str, Any] = {
         "dtype": settings.dtype, "context_length": settings.context_length or generation.context_length,
         "deterministic": settings.deterministic, "custom_processors": settings.custom_processors,
@@ -92,13 +97,12 @@ def asked_of(config: RunConfig, role: str, server: ServerConfig, heuristics: Ite
     values |= {f"speculation.{name}": getattr(speculation, name) for name in DRAFT}
     if speculation.max_breadth is not None and speculation.min_breadth is None:
         values["speculation.min_breadth"] = 1
-    flags = {told.flag_name(k): v for k, v in generation.engine.items()}
-    flags |= {told.flag_name(k): v for k, v in settings.flags.items()}
+    flags = {flag_name(k): v for given in (generation.engine, settings.flags) for k, v in given.items()}
     values |= {BY_FLAG[k].name: v for k, v in flags.items() if k in BY_FLAG}
     values = {f.name: None if values[f.name] is None else f.canonical(values[f.name]) for f in BY_FLAG.values()}
-    flags = {k: v for k, v in flags.items() if k not in BY_FLAG}
+    flags = {k: v for k, v in flags.items() if k not in BY_FLAG and k != KIND}
     return Asked(role, settings.model or model.path, values.pop("revision"), values, flags,
-                 frozenset(_ignored(config, role, values, heuristics)))
+                 frozenset(_ignored(config, role, values, heuristics)), classifies(config, role))
 
 
 def _ignored(config: RunConfig, role: str, values: Mapping[str, Any], heuristics: Iterable[Heuristic]) -> set[str]:

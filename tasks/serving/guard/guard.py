@@ -21,12 +21,13 @@ from tasks.core.section import is_secret
 from tasks.serving.client import ServerFacts
 from tasks.serving.compile import SENT
 from tasks.serving.guard import told
-from tasks.serving.guard.asked import BY_FLAG, DRAFT, FIELDS, REVISION, SHAPING, Asked, Field, asked_of, of_flag
+from tasks.serving.guard.asked import BY_FLAG, DRAFT, FIELDS, KIND, REVISION, SHAPING, Asked, Field, asked_of, of_flag
 from tasks.serving.guard.model_dtype import model_dtype
 from tasks.serving.guard.same_model import is_folder, same_commit, same_model, snapshot
+from tasks.serving.launch.flags import flag_name
 from tasks.serving.launch.launch_spec import LaunchSpec
 
-__all__ = ["RECORDED", "Asked", "Comparison", "Difference", "asked_of", "changed", "compare", "differences",
+__all__ = ["RECORDED", "Asked", "Comparison", "Difference", "asked_of", "changed", "columns", "compare", "differences",
            "expected", "placed", "table", "text", "told_by", "unlike", "without_left_out"]
 
 
@@ -41,12 +42,14 @@ class Difference:
     """The SGLang flag that is about it."""
     expect: Mapping[str, Any] | None = None
     """What to write under `expect` where the server is what is meant."""
+    how: str | None = None
+    """How it is started otherwise, where that takes more than the flag."""
 
     @property
     def start(self) -> str | None:
         """How a server that is what is asked for is started."""
-        if self.flag is None:
-            return None
+        if self.how is not None or self.flag is None:
+            return self.how
         if self.asked in (None, False, "off"):
             return f"without --{self.flag}"
         return f"with --{self.flag}" + ("" if self.asked is True else f"={self.asked}")
@@ -123,11 +126,11 @@ class _Comparing:
         for field in FIELDS:
             if field.name not in asked.ignored:
                 self._setting(field, asked.settings[field.name])
-        own = {told.flag_name(k) for k in self.spec.flags if told.flag_name(k) not in BY_FLAG} if self.spec else set()
+        own = {flag_name(k) for k in self.spec.flags if flag_name(k) not in (*BY_FLAG, KIND)} if self.spec else set()
         for name in sorted({*asked.flags, *own, *SHAPING}):
             self._setting(of_flag(name), asked.flags.get(name))
-        if not self.facts.generates and not asked.flags.get("is-embedding"):
-            self.found.append(Difference("kind of model", "one that generates", "an embedding or reward model"))
+        if self.facts.generates == asked.classifies:
+            self.found.append(_kind(self.facts.generates))
         self._preferred()
         return Comparison(self.found, self.notes)
 
@@ -242,6 +245,15 @@ class _Comparing:
         self.info = info
 
 
+def _kind(generates: bool) -> Difference:
+    """Of a server that generates, or does not, where the other is asked for."""
+    if generates:
+        return Difference("kind of model", "a reward model", "one that generates",
+                          how="with a reward model and --is-embedding")
+    return Difference("kind of model", "one that generates", "an embedding or reward model",
+                      how="with a model that generates, without --is-embedding")
+
+
 def told_by(spec: LaunchSpec) -> dict[str, Any]:
     """What is asked of a server of ours, by flags."""
     speculation = spec.speculation or {}
@@ -249,7 +261,7 @@ def told_by(spec: LaunchSpec) -> dict[str, Any]:
              "sampling-mask-max-tokens": spec.mask_limit, "revision": spec.revision,
              "speculative-algorithm": speculation.get("algorithm"),
              **{f"speculative-{flag}": speculation.get(name) for name, flag in DRAFT.items()},
-             **{told.flag_name(name): None if value is False else value for name, value in spec.flags.items()}}
+             **{flag_name(name): None if value is False else value for name, value in spec.flags.items()}}
     return {name: value for name, value in asked.items() if value is not None}
 
 
@@ -281,6 +293,8 @@ def changed(before: ServerFacts, now: ServerFacts, asked: Asked | None = None) -
         same = same_model(before.model_path, now.model_path, now.url)[0]
     if not same:
         out.append(Difference("model", before.model_path, now.model_path))
+    if asked is None and now.generates != before.generates:
+        out.append(_kind(now.generates))
     for key, canonical in _SHAPES.items():
         name = BY_FLAG[key.replace("_", "-")].name if key.replace("_", "-") in BY_FLAG else key
         if asked is not None and (name in asked.ignored or key in _OF_MACHINE
@@ -312,6 +326,11 @@ def unlike(servers: Sequence[ServerFacts]) -> list[str]:
 Mend = Literal["expect", "launch", "none"]
 
 
+def columns(mend: Mend = "expect") -> list[str]:
+    """What stands above the rows of `table`."""
+    return ["setting", "asked for", "it is", *([] if mend == "none" else ["to mend"])]
+
+
 def table(found: Iterable[Difference], mend: Mend = "expect") -> list[tuple[str, ...]]:
     """Rows (setting, asked for, it is, to mend); `mend`: for a server that others run, one of ours, or without."""
     last = {"expect": lambda d: [d.mend], "launch": lambda d: [d.written("launch")], "none": lambda _: []}[mend]
@@ -320,7 +339,7 @@ def table(found: Iterable[Difference], mend: Mend = "expect") -> list[tuple[str,
 
 def text(found: Iterable[Difference], mend: Mend = "expect") -> str:
     """`table` as lines of text in columns."""
-    rows = [("setting", "asked for", "it is", *([] if mend == "none" else ["to mend"])), *table(found, mend)]
+    rows = [columns(mend), *table(found, mend)]
     widths = [*(max(len(row[n]) for row in rows) for n in range(3)), 0]
     return "\n".join("  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

@@ -7,19 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tasks.serving.launch.flags import plain
+from tasks.core.config_servers import DTYPES
+from tasks.serving.launch.flags import flag_name
 
-_ALIASES = {"model": "model-path", "tensor-parallel-size": "tp-size", "data-parallel-size": "dp-size",
-            "pipeline-parallel-size": "pp-size", "expert-parallel-size": "ep-size", "ep": "ep-size", "tp": "tp-size",
-            "dp": "dp-size", "pp": "pp-size", "speculative-draft-model": "speculative-draft-model-path"}
-_DTYPES = {"half": "float16", "fp16": "float16", "f16": "float16", "bf16": "bfloat16", "float": "float32",
-           "fp32": "float32", "f32": "float32"}
+_DTYPES = {other: name for name, others in DTYPES.items() for other in others}
 _NOT_SET = ("", "auto", "none", "null")
-
-
-def flag_name(name: str) -> str:
-    """A flag's one name: `--Tensor_Parallel_Size` is `tp-size`."""
-    return _ALIASES.get(plain(name), plain(name))
 
 
 def flags_of(command: str | None) -> dict[str, Any] | None:

@@ -11,6 +11,9 @@ from typing import Literal
 from tasks.core.errors import did_you_mean
 
 Value = str | int | float | bool
+_ALIASES = {"model": "model-path", "tensor-parallel-size": "tp-size", "data-parallel-size": "dp-size",
+            "pipeline-parallel-size": "pp-size", "expert-parallel-size": "ep-size", "ep": "ep-size", "tp": "tp-size",
+            "dp": "dp-size", "pp": "pp-size", "speculative-draft-model": "speculative-draft-model-path"}
 
 
 class LaunchFailed(Exception):
@@ -24,6 +27,11 @@ class LaunchRefused(LaunchFailed):
 def plain(name: str) -> str:
     """A flag's name however it was written: `--Tp_Size` is `tp-size`."""
     return name.strip().lstrip("-").replace("_", "-").lower()
+
+
+def flag_name(name: str) -> str:
+    """A flag's one name among its aliases: `--Tensor_Parallel_Size` is `tp-size`."""
+    return _ALIASES.get(plain(name), plain(name))
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tasks.core.config import GenerationConfig, Launch, ModelRef
+from tasks.core.config import GenerationConfig, Launch, ModelRef, RunConfig, ServerConfig
 from tasks.core.config_servers import Speculation, is_loopback
 from tasks.core.errors import InputError
-from tasks.serving.launch.flags import Capabilities, LaunchFailed, LaunchRefused, Rendered, Value, plain, render
+from tasks.serving.launch.flags import (
+    Capabilities,
+    LaunchFailed,
+    LaunchRefused,
+    Rendered,
+    Value,
+    flag_name,
+    plain,
+    render,
+)
 from tasks.serving.launch.flags_probe import probe
 
-__all__ = ["CommandLine", "LaunchFailed", "LaunchRefused", "LaunchSpec", "command", "command_line", "environment",
-           "from_launch", "interpreter"]
+__all__ = ["CommandLine", "LaunchFailed", "LaunchRefused", "LaunchSpec", "classifies", "command", "command_line",
+           "environment", "from_launch", "interpreter", "specs_of"]
 
 log = logging.getLogger("winnow.servers")
 
@@ -94,9 +103,23 @@ class CommandLine:
     warnings: tuple[str, ...] = ()
 
 
-def from_launch(launch: Launch, *, role: str, model: ModelRef, generation: GenerationConfig) -> list[LaunchSpec]:
+def specs_of(config: RunConfig, role: str, server: ServerConfig) -> list[LaunchSpec]:
+    """How an entry of `servers.ROLE` is launched (see `from_launch`); none for a `url`."""
+    if server.launch is None:
+        return []
+    return from_launch(server.launch, role=role, model=config.model_of(role), generation=config.generation.role(role),
+                       classifies=classifies(config, role))
+
+
+def classifies(config: RunConfig, role: str) -> bool:
+    """Whether a role's servers score texts (/classify) and generate none."""
+    return role == "judge" and config.quality.method == "pointwise"
+
+
+def from_launch(launch: Launch, *, role: str, model: ModelRef, generation: GenerationConfig, classifies: bool = False
+                ) -> list[LaunchSpec]:
     """One spec for each GPU listed, or one for the CPU. `model` and `generation` are the role's; what `launch` says
-    itself comes first.
+    itself comes first. `classifies`: a reward model, which SGLang has to be told of some.
 
     Raises InputError where no GPU is listed.
     """
@@ -104,8 +127,10 @@ def from_launch(launch: Launch, *, role: str, model: ModelRef, generation: Gener
     if not gpus:
         raise InputError(f"servers.{role}: launch.gpus is empty; name at least one GPU")
     served, revision = (launch.model, None) if launch.model else (model.path, model.revision)
-    own = {plain(name) for name in launch.flags}
-    below = {name: value for name, value in generation.engine.items() if plain(name) not in own}
+    own = {flag_name(name) for name in launch.flags}
+    below = {name: value for name, value in generation.engine.items() if flag_name(name) not in own}
+    if classifies and "is-embedding" not in {*own, *map(flag_name, below)}:
+        below["is-embedding"] = True
     return [LaunchSpec(
         model=served, revision=revision, role=role, device=launch.device, gpu=gpu,
         port=launch.port + n if launch.port else None, host=launch.host,

@@ -23,13 +23,13 @@ from pathlib import Path
 import psutil
 
 from tasks.serving.launch import diagnosis, places, processes, records
-from tasks.serving.launch.launch_spec import LaunchFailed, LaunchSpec, command, environment, interpreter
+from tasks.serving.launch.launch_spec import LaunchFailed, LaunchSpec, command, environment
 from tasks.serving.launch.leash import GRACE_S, LeashedProcess, start_leashed
 from tasks.serving.launch.places import busy, in_place_of
 from tasks.serving.launch.records import ServerRecord, spec_of
 
-__all__ = ["LaunchFailed", "LaunchSpec", "ServerRecord", "busy", "command", "environment", "in_place_of",
-           "interpreter", "reap", "running", "spec_of", "start", "start_all", "stop"]
+__all__ = ["LaunchFailed", "LaunchSpec", "ServerRecord", "busy", "command", "in_place_of", "reap", "running", "spec_of",
+           "start", "start_all", "stop", "stop_all"]
 
 log = logging.getLogger("winnow.servers")
 
@@ -79,7 +79,7 @@ def start_all(specs: Sequence[LaunchSpec], state_dir: Path, *, leashed: bool, on
                     port = _ports([spec])[0]
                     started[n] = _spawn(spec, port, build(spec, port), state_dir, leashed)
     except BaseException:
-        _stop_all(started.values())
+        stop_all(started.values())
         raise
     return [started[n] for n in range(len(specs))]
 
@@ -106,7 +106,7 @@ def reap(state_dir: Path, grace_s: float = GRACE_S) -> list[ServerRecord]:
                 orphans.append(record)
         elif record.processes or (not record.owned and record.age_s > _SETTLED_S):
             records.remove(record)
-    _stop_all(orphans, grace_s)
+    stop_all(orphans, grace_s)
     return orphans
 
 
@@ -130,17 +130,17 @@ def stop(record: ServerRecord, grace_s: float = GRACE_S) -> bool:
     return lived
 
 
+def stop_all(servers: Iterable[ServerRecord], grace_s: float = GRACE_S) -> None:
+    """Stop servers at once: each takes seconds to end in order."""
+    if servers := list(servers):
+        with ThreadPoolExecutor(len(servers)) as stopping:
+            list(stopping.map(lambda server: stop(server, grace_s), servers))
+
+
 # --- the parts ---
 
 def _living(record: ServerRecord) -> list[psutil.Process]:
     return records.living([record]).get(record.id, [])
-
-
-def _stop_all(servers: Iterable[ServerRecord], grace_s: float = GRACE_S) -> None:
-    """Each takes seconds to end in order."""
-    if servers := list(servers):
-        with ThreadPoolExecutor(len(servers)) as stopping:
-            list(stopping.map(lambda server: stop(server, grace_s), servers))
 
 
 def _ports(specs: Sequence[LaunchSpec]) -> list[int]:

@@ -13,22 +13,22 @@ from pathlib import Path
 import psutil
 
 from tasks.serving.launch import processes, records
-from tasks.serving.launch.launch_spec import LaunchFailed, LaunchSpec
+from tasks.serving.launch.flags import LaunchFailed, Value, flag_name
+from tasks.serving.launch.launch_spec import LaunchSpec
 from tasks.serving.launch.records import ServerRecord
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy is not for our own servers
-_TP, _PP, _DP = ("tp-size", "tensor-parallel-size", "tp"), ("pp-size", "pipeline-parallel-size", "pp"), (
-    "dp-size", "data-parallel-size", "dp")
 
 
 def devices(spec: LaunchSpec) -> tuple[str, ...]:
     """The GPUs that a server takes, as CUDA_VISIBLE_DEVICES names them (index or uuid); none on the CPU."""
     if spec.device != "cuda":
         return ()
-    flags = {name.lstrip("-").replace("_", "-"): value for name, value in spec.flags.items()}
+    flags = {flag_name(name): value for name, value in spec.flags.items()}
     # with attention DP the replicas share the GPUs of one
-    each = _number(flags, _TP) * _number(flags, _PP) * (1 if flags.get("enable-dp-attention") else _number(flags, _DP))
-    step = _number(flags, ("gpu-id-step",))
+    replicas = 1 if flags.get("enable-dp-attention") else _number(flags, "dp-size")
+    each = _number(flags, "tp-size") * _number(flags, "pp-size") * replicas
+    step = _number(flags, "gpu-id-step")
     numbers = [(spec.gpu or 0) + n * step for n in range(each)]
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     if not visible:
@@ -125,9 +125,7 @@ def _held(spec: LaunchSpec, record: ServerRecord) -> str:
             f"log {record.log}; {mend}, or name another GPU")
 
 
-def _number(flags: dict[str, str | int | float | bool], names: tuple[str, ...]) -> int:
-    for name in names:
-        with contextlib.suppress(ValueError, TypeError):
-            if name in flags:
-                return max(1, int(flags[name]))
+def _number(flags: dict[str, Value], name: str) -> int:
+    with contextlib.suppress(ValueError, TypeError):
+        return max(1, int(flags.get(name, 1)))
     return 1

@@ -149,6 +149,36 @@ def test_what_is_always_said_is_compared_as_it_is(expect, flags, found):
     assert fields(differences(wanted(expect), server(**flags))) == found
 
 
+@pytest.mark.parametrize("flag", [None, True, False])
+@pytest.mark.parametrize(("role", "method", "wants"), [
+    ("generator", "tournament", "generates"), ("generator", "pointwise", "generates"),
+    ("judge", "tournament", "generates"), ("judge", "pointwise", "scores")])
+@pytest.mark.parametrize("serves", ["generates", "scores"])
+def test_a_pointwise_judge_is_a_reward_model_and_every_other_server_generates(role, method, wants, serves, flag):
+    """Whether --is-embedding was given does not matter: some reward models are served as such without it."""
+    asked = wanted(role=role, quality={"method": method})
+    facts = server(generates=serves == "generates", **({} if flag is None else {"is_embedding": flag}))
+    found = differences(asked, facts)
+    assert fields(found) == ([] if wants == serves else ["kind of model"])
+    if found:
+        assert table(found)[0] == {
+            "generates": ("kind of model", "one that generates", "an embedding or reward model",
+                          "start it with a model that generates, without --is-embedding"),
+            "scores": ("kind of model", "a reward model", "one that generates",
+                       "start it with a reward model and --is-embedding")}[wants]
+    known: dict[str, list[Any]] = {"generator": [], "judge": []}
+    for lax in (False, True):
+        made = config(role=role, quality={"method": method}, allow_mismatch=lax)
+        assert (refusal(made, WARM, known, facts, [role]) is None) is (wants == serves)
+
+
+def test_a_reward_model_of_ours_is_what_its_launch_asked_for():
+    asked, spec = wanted(role="judge", quality={"method": "pointwise"}), LaunchSpec(
+        "org/name", role="judge", sampling_backend="pytorch", flags={"is-embedding": True})
+    assert not differences(asked, server(generates=False, is_embedding=True), spec)
+    assert fields(differences(asked, server(is_embedding=True), spec)) == ["kind of model"]
+
+
 def test_speculation_that_the_server_chose_by_itself_differs_from_off():
     assert fields(differences(wanted(), server(resolved={"speculative_algorithm": "EAGLE"}))) == ["speculation"]
 
@@ -504,6 +534,11 @@ def test_a_server_that_comes_back_otherwise_has_changed(key, value, name):
     assert len(found) == len(changed(now, before)) == 1
     assert found[0].field in (name, key)
     assert changed(before, dataclasses.replace(server(), url="http://b")) == []
+
+
+def test_a_server_that_comes_back_as_another_kind_of_model_has_changed():
+    assert fields(changed(server(), server(generates=False))) == ["kind of model"]
+    assert fields(changed(server(generates=False), server())) == ["kind of model"]
 
 
 def test_a_server_that_joins_may_be_another_machine_but_not_another_sampler():

@@ -12,11 +12,19 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tasks.core.config import GenerationConfig, Launch, ModelRef
+from tasks.core.config import GenerationConfig, Launch, ModelRef, RunConfig
 from tasks.core.errors import InputError
 from tasks.serving.launch import flags_probe, launch_spec
 from tasks.serving.launch.flags import LaunchFailed, LaunchRefused
-from tasks.serving.launch.launch_spec import LaunchSpec, command, command_line, environment, from_launch, interpreter
+from tasks.serving.launch.launch_spec import (
+    LaunchSpec,
+    command,
+    command_line,
+    environment,
+    from_launch,
+    interpreter,
+    specs_of,
+)
 from tests.serving.launch.sglang_flags import HELP, KNOWN, FakeSGLang, names_of, read, without
 
 MODEL = ModelRef(path="org/name", revision="abc")
@@ -65,6 +73,20 @@ def test_the_launchs_own_context_length_comes_before_the_roles() -> None:
         4096, 2048]
 
 
+@pytest.mark.parametrize(("role", "method", "flags", "found"), [
+    ("judge", "pointwise", {}, {"is-embedding": True}), ("judge", "tournament", {}, {}),
+    ("generator", "pointwise", {}, {}), ("judge", "pointwise", {"--Is_Embedding": True}, {"--Is_Embedding": True}),
+])
+def test_a_pointwise_judge_is_launched_as_a_reward_model(role: str, method: str, flags: Any, found: Any) -> None:
+    entry = {"launch": {"gpus": [0], "flags": flags}}
+    config = RunConfig.model_validate({
+        "run": "r", "model": {"path": "org/name"}, "sources": [{"name": "s", "path": "p.jsonl"}],
+        "heuristics": {"family": "qwen"}, "servers": {"generator": [entry], "judge": [entry]},
+        "quality": {"method": method}})
+    (made,) = specs_of(config, role, getattr(config.servers, role)[0])
+    assert made.flags == found and made.embeds is bool(found)
+
+
 def test_the_launchs_own_model_has_no_revision_of_the_roles() -> None:
     one = specs({"model": "other/name"})[0]
     assert (one.model, one.revision) == ("other/name", None)
@@ -74,7 +96,8 @@ def test_the_launchs_own_flags_come_before_the_roles_engine_however_they_are_spe
     generation = {"engine": {"tp_size": 2, "log-requests-level": 1, "random_seed": 5}}
     assert specs({"flags": {"--TP-size": 4}}, generation)[0].flags == {"log-requests-level": 1, "random_seed": 5,
                                                                        "--TP-size": 4}
-    got = asked({"flags": {"tensor-parallel-size": 4, "log_requests_level": 0}}, generation)  # an alias of tp-size
+    assert "tp_size" not in specs({"flags": {"tensor-parallel-size": 4}}, generation)[0].flags  # an alias of it
+    got = asked({"flags": {"tensor-parallel-size": 4, "log_requests_level": 0}}, generation)
     assert (got["tp-size"], got["log-requests-level"], got["random-seed"]) == ("4", "0", "5")
 
 

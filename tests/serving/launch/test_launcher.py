@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,16 +18,6 @@ import pytest
 from tasks.serving.launch import launcher, processes
 from tasks.serving.launch.launcher import LaunchFailed, LaunchSpec
 from tests.serving.launch.stand_in import ROOT, alive, builder, spec, starter, tree
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[Path]:
-    """A state folder; what runs in it at the end is stopped."""
-    folder = tmp_path / "state"
-    folder.mkdir()
-    yield folder
-    for record in launcher.running(folder):
-        launcher.stop(record, 0)
 
 
 @pytest.fixture

@@ -7,14 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tasks.serving.launch import leash
 from tasks.serving.launch.leash import start_leashed
+from tests.serving.launch.stand_in import alive, within
 
 # a command with a grandchild in a session of its own; both write their pids
 FAMILY = """
@@ -36,25 +35,9 @@ time.sleep(600)
 """
 
 
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return condition()
-
-
 def read_pid(path: Path) -> int:
     assert within(10, lambda: path.is_file() and bool(path.read_text())), f"{path.name} never started"
     return int(path.read_text())
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @pytest.fixture

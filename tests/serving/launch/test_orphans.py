@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -14,16 +13,6 @@ import pytest
 from tasks.serving.launch import launcher
 from tasks.serving.launch.launcher import ServerRecord
 from tests.serving.launch.stand_in import alive, builder, kill, spec, starter, tree, within
-
-
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[Path]:
-    """A state folder; what runs in it at the end is stopped."""
-    folder = tmp_path / "state"
-    folder.mkdir()
-    yield folder
-    for record in launcher.running(folder):
-        launcher.stop(record, 0)
 
 
 def started(state: Path) -> ServerRecord:

@@ -90,6 +90,7 @@ def test_two_roles_that_name_their_shares_stand_on_one_gpu_together(tmp_path: Pa
     ({}, None, ("2",)), ({"tp-size": 2}, None, ("2", "3")), ({"--tp_size": "2", "pp": 2}, None, ("2", "3", "4", "5")),
     ({"tp-size": 2, "gpu-id-step": 2}, None, ("2", "4")), ({"dp-size": 2, "tp": 2}, None, ("2", "3", "4", "5")),
     ({"dp-size": 2, "tp": 2, "enable-dp-attention": True}, None, ("2", "3")),
+    ({"tp-size": 4, "Tensor_Parallel_Size": 2}, None, ("2", "3")),  # one flag: the later counts, as for SGLang
     ({}, "4,5,6,7", ("6",)), ({}, "GPU-a, GPU-b ,GPU-c", ("GPU-c",)), ({}, "0", ()), ({"tp": "x"}, "", ("2",)),
 ])
 def test_the_gpus_of_a_server_are_those_that_its_flags_and_environment_give_it(
