@@ -113,7 +113,7 @@ class Asker(ABC):
                 try:
                     question.ids, question.tokens = self.encode(question.texts)
                 except (InputError, ValueError) as error:
-                    self.settle(question, Answer(None, None, f"not_sent: {error}"))
+                    self.settle(question, Answer(None, None, f"not_sent: {error}"), asked=False)
                     continue
                 yield question
 
@@ -138,11 +138,11 @@ class Asker(ABC):
         if batch:
             yield batch
 
-    def settle(self, question: _Question, answer: Answer) -> None:
+    def settle(self, question: _Question, answer: Answer, *, asked: bool = True) -> None:
         """A question has its answer, or the reason why it has none. Raises StorageError."""
         if answer.value is not None:
             self.kept.put(question.key, answer.value, answer.outside or 0.0)
-        else:
+        elif asked:
             self.kept.failed()
         self.ctx.progress.advance("quality", abstained=int(answer.value is None))
         if not question.future.done():

@@ -157,7 +157,7 @@ def fit(
         used = "choix" if by_choix else "newton"
         rating[rated], se[rated] = found.rating, found.se
     if solver != used:
-        log.warning("Bradley-Terry: choix has no answer for %d players and %d comparisons (connected: %s, "
+        log.debug("Bradley-Terry: choix has no answer for %d players and %d comparisons (connected: %s, "
                     "separated: %s); fitted with a prior", n_players, len(first), connected, separated)
     if not found.converged:
         log.warning("Bradley-Terry: no convergence after %d iterations on %d players and %d comparisons",

@@ -42,7 +42,7 @@ class Known:
     outside: float
     """Probability of the tokens that are no verdict."""
     run: bytes
-    """Which run asked for it."""
+    """Which run and shard asked for it."""
 
 
 class Judgements:

@@ -74,7 +74,11 @@ class Judge(Asker):
         try:
             entries: Any = said["output_token_ids_logprobs"][0]
             by_id = {entry[1]: entry[0] for entry in entries}
-            better, outside = outcome(by_id[self._verdicts[0]], by_id[self._verdicts[1]])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            return Answer(None, None, f"no_verdict: {error or type(error).__name__}")
+            found = by_id[self._verdicts[0]], by_id[self._verdicts[1]]
+        except (KeyError, IndexError, TypeError):
+            return Answer(None, None, "no_verdict: the answer has no log-probabilities of the verdict tokens")
+        try:
+            better, outside = outcome(*found)
+        except (TypeError, ValueError) as error:
+            return Answer(None, None, f"no_verdict: {error}")
         return Answer(better, outside, None)

@@ -34,7 +34,7 @@ class Keeper:
         """`request`: all that shapes an answer but the judge and the texts."""
         # the folder alone would not do: begun anew under its name, it is another run
         run = digest("run", ctx.store.root, ctx.raw["created"], size=8)
-        self._run = bytes.fromhex(run)
+        self._run = bytes.fromhex(run) + shard.to_bytes(4, "big")
         judge, shared = _judge(ctx)
         self._base = hashlib.blake2b(digest("judgement", judge, None if shared else run, *request).encode(),
                                      digest_size=16)
@@ -43,9 +43,9 @@ class Keeper:
         self._for_others = folder is not None
         self._judgements = Judgements(path)
         self.calls = 0
-        """Judge calls that this run has made, also by a process before."""
+        """Judge calls that were made for the shard, also by a process before."""
         self.spared = 0
-        """Judgements that another run had made."""
+        """Judgements that another run (or another shard, of the same prompt under another source) had made."""
         self._counted: set[bytes] = set()
 
     def key(self, *texts: str) -> bytes:
