@@ -13,11 +13,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MODEL := data/models/SmolLM2-135M-Instruct
+# in the order of the folders: the longest file (tests/flows/test_build.py) must not be the last
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 SAY := @printf '\033[1m==>\033[0m %s\n'
 export OMP_NUM_THREADS ?= 1
 export PYTHONWARNINGS ?= ignore
 
-.PHONY: help install install-dev install-sglang demo demo-model test explore test-sglang lint lock clean
+.PHONY: help install install-dev install-sglang demo demo-model test test-slow explore test-sglang lint lock clean
 
 help:  ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -67,11 +69,15 @@ demo: install-sglang demo-model  ## build the demo's dataset (resumes, says so w
 
 test: install-dev  ## the fast tests
 	$(SAY) "fast tests"
-	@$(BIN)/python -m pytest -n 3 --dist loadfile
+	@$(PYTEST)
+
+test-slow: install-dev  ## the tests that take long: kills at many places, simulations
+	$(SAY) "slow tests"
+	@$(PYTEST) -m slow
 
 explore: install-dev  ## the property tests with examples never drawn before
 	$(SAY) "property tests, new examples"
-	@$(BIN)/python -m pytest -n 3 --dist loadfile -m 'hypothesis and not sglang and not gpu' --hypothesis-profile explore
+	@$(PYTEST) -m 'hypothesis and not sglang and not gpu' --hypothesis-profile explore
 
 test-sglang: install-dev install-sglang demo-model  ## the tests against a real SGLang server on the CPU
 	$(SAY) "tests against a real SGLang server on the CPU"

@@ -250,7 +250,7 @@ class ServerPool:
                                                      masked=masked)
             await server.confirm()
         except RequestFailed as error:
-            failure = error
+            failure = error if error.rule.again or reply else await self._blamed(server, error)
         except Exception as error:  # of ours: it ends the shard, with its traceback
             assert request.source is not None
             request.source.fail(error)
@@ -268,6 +268,15 @@ class ServerPool:
             self._failed_in_a_row, self._last_good = 0, time.monotonic()
             self._settle(request, reply, None, server)
         self._refill(server)
+
+    async def _blamed(self, server: Server, failure: RequestFailed) -> RequestFailed:
+        """A refusal is final, so it must come from the server that was chosen: behind the address may be another by
+        now, and then that is the failure."""
+        try:
+            await server.confirm()
+        except RequestFailed as changed:
+            return changed
+        return failure
 
     def _settle(self, request: Request, reply: Reply | None, failure: RequestFailed | None, server: Server | None
                 ) -> None:

@@ -13,6 +13,8 @@ from tasks.context import Context
 from tests.generation.nursery import ROOT, Nursery
 from tests.runs import make_config
 
+pytestmark = pytest.mark.slow
+
 
 def long_run(folder: Path, model: Path, url: str, rows: int) -> dict[str, Any]:
     """One shard of so many rows: twenty heuristics, two seeds, the rest prompts."""

@@ -16,6 +16,8 @@ from tests.fake_sglang import FakeSGLang
 from tests.generation.nursery import Nursery
 from tests.runs import make_config
 
+pytestmark = pytest.mark.slow
+
 VOLATILE = ("latency_s", "attempts", "server")
 IN_FLIGHT = 3
 

@@ -11,6 +11,8 @@ from scipy.optimize import minimize
 from tasks.labels.quality.bradley_terry import Fit, fit
 from tasks.labels.quality.swiss import Swiss
 
+pytestmark = pytest.mark.slow
+
 
 def verdict(kind: str, ahead: float, rng: np.random.Generator) -> float:
     noise = {"soft": 0.5, "very soft": 1.0}.get(kind, 0.0) * rng.normal()

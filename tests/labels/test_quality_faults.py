@@ -17,6 +17,8 @@ from tests.fake_sglang import FakeSGLang
 from tests.generation.nursery import Nursery
 from tests.runs import build, make_config
 
+pytestmark = pytest.mark.slow
+
 JUDGED = ["generate", "verify", "quality"]
 IN_FLIGHT, BATCH = 4, 8
 

@@ -14,6 +14,8 @@ from tasks.labels.quality import bradley_terry
 from tasks.labels.quality.schedule import Rules, schedule
 from tasks.labels.quality.tournament import pooled
 
+pytestmark = pytest.mark.slow
+
 PLAYERS, GROUPS, TOP = 24, 40, 3
 
 

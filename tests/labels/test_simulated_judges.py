@@ -56,6 +56,13 @@ class Judging(FakeSGLang):
         return answer
 
 
+@pytest.fixture(autouse=True)
+def _same_candidates_everywhere(tmp_path, tiny_model, monkeypatch):
+    """A model's path is part of its candidates' seeds: one that is the same wherever the test runs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").symlink_to(tiny_model)
+
+
 def tables(ctx, name: str) -> list[dict]:
     return [r for n in range(ctx.shards) for r in ctx.store.read(f"{name}/shard-{n:04d}.parquet").to_pylist()]
 
@@ -72,6 +79,7 @@ def tournament(folder, model, taste: Taste, fault=None, **quality: Any):
         raw = make_config(folder, model, [server.url], seeds=[0], labels=["quality"],
                           heuristics={"files": [str(heuristics)]}, quality={"max_prompt_tokens": 1600} | quality)
         raw["sources"] = [raw["sources"][1] | {"limit": 1}]
+        raw["model"] = {"path": "tiny"}
         ctx = build(raw, JUDGED)
         asked = len(server.judgements)
     texts = {r["candidate_id"]: r["text"] for r in tables(ctx, "verified")}
