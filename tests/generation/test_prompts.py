@@ -179,6 +179,7 @@ def peak(work) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [".jsonl", ".parquet"])
 def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path, ends):
     def read(count: int) -> int:

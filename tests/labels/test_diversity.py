@@ -185,6 +185,7 @@ def minilm() -> Embedder:
     return Embedder(device="cpu", batch_size=8)
 
 
+@pytest.mark.slow
 class TestPackagedModel:
     def test_paraphrases_are_closer_than_unrelated_texts(self, minilm: Embedder) -> None:
         a, b, c = minilm.encode(["The cat is sleeping on the sofa.", "A kitten naps on the couch.",

@@ -105,6 +105,7 @@ def test_a_worker_serves_many_jobs_and_many_runs(odd_pool: VerifierPool) -> None
     assert 1 <= len(pids) <= 2
 
 
+@pytest.mark.slow
 def test_texts_of_ten_megabytes_and_broken_characters_survive() -> None:
     long = "é" * 10_000_000 + "\n#### 72"
     odd = "\ud800 \x00 \u2028 \U0001d7df #### 72"
@@ -178,6 +179,7 @@ def test_a_pool_without_workers_or_time_is_refused(workers: int, limit: float) -
         VerifierPool(workers, limit)
 
 
+@pytest.mark.slow
 def test_workers_idle_or_hung_do_not_outlive_a_killed_parent() -> None:
     script = textwrap.dedent(f"""
         import os, signal, threading, time
