@@ -27,6 +27,11 @@ class ModelRef(Section):
     """Commit of a hub model; pin it, or the dataset can't be made again."""
 
     @property
+    def pinned(self) -> str:
+        """PATH, or PATH@REVISION."""
+        return f"{self.path}@{self.revision}" if self.revision else self.path
+
+    @property
     def is_local(self) -> bool:
         """Whether `path` means a folder here (also one that is missing), not OWNER/NAME on the hub."""
         return Path(self.path).exists() or self.path.startswith(("/", ".", "~")) or self.path.count("/") != 1

@@ -70,11 +70,9 @@ class QualityLabeller(Labeller):
         rounds = f"log2+{quality.extra_rounds}" if quality.rounds is None else quality.rounds
         aim = (f"top:{ctx.config.quality_top}@{quality.confidence:g}" if quality.schedule == "top_k"
                else f"reliability:{quality.reliability:g}")
-        model = ctx.config.judge_model
-        judge = f"{model.path}@{model.revision}" if model.revision else model.path
         fitted = f"map:normal|prior_sd:{prior}" if quality.solver == "newton" else f"ml:choix|else:map:prior_sd:{prior}"
         text = (f"bradley-terry|{fitted}|schedule:{quality.schedule}|{aim}|"
-                f"stop:{quality.stop}|rounds:{rounds}|orders:2:mean-log-odds|judge:{judge}|"
+                f"stop:{quality.stop}|rounds:{rounds}|orders:2:mean-log-odds|judge:{ctx.config.judge_model.pinned}|"
                 f"template:{template.name}:{template.digest}")
         return {"rating": text, "rating_se": text, "reliability": text}
 

@@ -95,8 +95,8 @@ class RewardModel(Asker):
     @staticmethod
     def signature(ctx: Context) -> str:
         """Model, what it reads, and how: for the dataset's schema."""
-        model, system = ctx.config.judge_model, ctx.config.generation.judge.system_prompt
-        return (f"reward_model:{model.path}{f'@{model.revision}' if model.revision else ''}|sglang:/classify|raw|"
+        system = ctx.config.generation.judge.system_prompt
+        return (f"reward_model:{ctx.config.judge_model.pinned}|sglang:/classify|raw|"
                 f"chat:{ctx.chat_template('judge').digest}|turns:{'' if system is None else 'system+'}exchange+answer|"
                 f"max_prompt_tokens:{ctx.config.quality.max_prompt_tokens}")
 
